@@ -1,0 +1,518 @@
+"""Grouped query attention: one pure function and one Flax module for every variant.
+
+    B  batch             T  query tokens        S  key/value tokens (S == T in self-attention)
+    N  query heads       K  key/value heads     H  width of one head
+    D  model width (N*H) G  query heads per key/value head in the equal grouping (N/K)
+
+The variants differ in two places only: where the group index comes from (fixed, from the norms of
+now, from remembered norms) and whether noise is subtracted. `VARIANTS` is the table of those two
+choices; a new variant is one row and, if its rule is new, one function in allocation.py.
+
+Parameters, residuals of the backward pass and checkpoints hold K key/value heads; the expansion to
+N heads exists only inside an operation and is made again where the backward pass needs it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from kdgqa_jax import allocation as alloc
+from kdgqa_jax.errors import UserError, unknown
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Where the group index comes from, and whether noise is subtracted.
+
+    Attributes:
+      rule: scores (and cache) -> allocation; None: the equal grouping, always.
+      remembers: the rule also takes and returns the cache of norms, which lives in `norm_stats`.
+      options: the fields of `GroupedQueryAttention` that the rule takes by name.
+      noise: PGQA, noise is subtracted from the attention maps or from the output.
+    """
+
+    rule: Callable[..., Any] | None = None
+    remembers: bool = False
+    options: tuple[str, ...] = ()
+    noise: bool = False
+
+
+VARIANTS: dict[str, Variant] = {
+    "mha": Variant(),
+    "gqa": Variant(),
+    "kdgqa": Variant(alloc.kdgqa_allocation, options=("min_heads_per_group",)),
+    "dgqa_ema": Variant(
+        alloc.dgqa_ema_allocation, remembers=True, options=("beta", "min_heads_per_group")
+    ),
+    "dgqa_diff": Variant(
+        alloc.dgqa_diff_allocation, remembers=True, options=("min_heads_per_group",)
+    ),
+    "pgqa": Variant(noise=True),
+}
+ALIASES = {"mhsa": "mha"}  # the name in the released code
+
+
+def variant_name(name: str) -> str:
+    """The name in `VARIANTS` for a name or alias. Raises UserError for an unknown one."""
+    name = ALIASES.get(name, name)
+    if name not in VARIANTS:
+        raise unknown("attention variant", name, VARIANTS)
+    return name
+
+
+def resolve_num_kv_heads(attention: str, num_heads: int, num_kv_heads: int | None = None) -> int:
+    """K for a variant: N for `mha`, else the number asked for, by default N/2.
+
+    Raises UserError if K does not divide N, or if K != N for `mha`.
+    """
+    if variant_name(attention) == "mha":
+        if num_kv_heads not in (None, num_heads):
+            raise UserError(
+                f"attention 'mha' has as many key/value heads as query heads ({num_heads}), but"
+                f" num_kv_heads={num_kv_heads} was asked for; leave it out or choose 'gqa'"
+            )
+        return num_heads
+    if num_kv_heads is None:
+        num_kv_heads = max(num_heads // 2, 1)
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        divisors = [k for k in range(1, num_heads + 1) if num_heads % k == 0]
+        raise UserError(
+            f"num_kv_heads={num_kv_heads} does not divide the {num_heads} query heads;"
+            f" choose one of {divisors}"
+        )
+    return num_kv_heads
+
+
+# --- the pure function --------------------------------------------------------------------------
+
+
+def _gather(x: Array, group_index: Array) -> Array:
+    if group_index.ndim == 1:
+        return jnp.take(x, group_index, axis=2, mode="clip")
+    return jnp.take_along_axis(x, group_index[:, None, :, None], axis=2, mode="clip")
+
+
+def _one_hot(x: Array, group_index: Array) -> Array:
+    one_hot = jax.nn.one_hot(group_index, x.shape[2], dtype=x.dtype)  # the assignment mask
+    equation = "BSKH,NK->BSNH" if group_index.ndim == 1 else "BSKH,BNK->BSNH"
+    return jnp.einsum(equation, x, one_hot, precision=jax.lax.Precision.HIGHEST)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Array, Array], Array]] = {
+    "gather": _gather,
+    "one_hot": _one_hot,
+}
+"""How key/value heads are expanded to query heads: (BSKH, group index) -> BSNH."""
+
+
+def expand_heads(x: Array, group_index: Array, implementation: str | None = None) -> Array:
+    """Key/value heads for every query head: BSKH and (N,) or (B, N) int -> BSNH.
+
+    `implementation` is a name in `IMPLEMENTATIONS`: a gather by the group index, or a contraction
+    with the assignment mask. Both give the same numbers. None takes the gather on CPU, where it was
+    measured to be the faster one, and the contraction elsewhere: it feeds a TPU's matrix unit, and its
+    gradient has a fixed order of summation on GPUs, where that of the gather has not.
+    """
+    if implementation is None:
+        implementation = "gather" if jax.default_backend() == "cpu" else "one_hot"
+    if implementation not in IMPLEMENTATIONS:
+        raise unknown("attention implementation", implementation, IMPLEMENTATIONS)
+    return IMPLEMENTATIONS[implementation](x, group_index)
+
+
+def _check_shapes(query: Array, key: Array, value: Array, group_index: Array | None) -> None:
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
+        raise ValueError(f"expected query BTNH and key, value BSKH of one shape, got {shapes}")
+    batch, _, num_heads, width = query.shape
+    if (key.shape[0], key.shape[3]) != (batch, width):
+        raise ValueError(f"query and key must agree in batch B and head width H, got {shapes}")
+    if group_index is None:
+        if num_heads % key.shape[2]:
+            raise ValueError(f"equal groups need K to divide N; give a group_index for {shapes}")
+    elif group_index.shape not in ((num_heads,), (batch, num_heads)):
+        raise ValueError(
+            f"group_index must be (N,) = ({num_heads},) or (B, N) = ({batch}, {num_heads}),"
+            f" got {group_index.shape} for {shapes}"
+        )
+
+
+def _scores(
+    query: Array, key: Array, group_index: Array | None, implementation: str | None
+) -> Array:
+    """query . key in float32: BNTS."""
+    accumulate = {"preferred_element_type": jnp.float32}
+    if group_index is not None:
+
+        @jax.checkpoint  # keeps K heads: the expansion is made again in the backward pass
+        def dynamic(query, key):
+            key = expand_heads(key, group_index, implementation)
+            return jnp.einsum("BTNH,BSNH->BNTS", query, key, **accumulate)
+
+        return dynamic(query, key)
+    batch, length, num_heads, width = query.shape
+    query = query.reshape(batch, length, key.shape[2], -1, width)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", query, key, **accumulate)
+    return scores.reshape(batch, num_heads, length, key.shape[1])
+
+
+def _mix(maps: Array, value: Array, group_index: Array | None, implementation: str | None) -> Array:
+    """The values weighted by the maps: BTNH."""
+    if group_index is not None:
+
+        @jax.checkpoint
+        def dynamic(maps, value):
+            value = expand_heads(value, group_index, implementation)
+            return jnp.einsum("BNTS,BSNH->BTNH", maps, value)
+
+        return dynamic(maps, value)
+    batch, num_heads, length, source = maps.shape
+    maps = maps.reshape(batch, value.shape[2], -1, length, source)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", maps, value)
+    return out.reshape(batch, length, num_heads, -1)
+
+
+def grouped_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    group_index: Array | None = None,
+    *,
+    mask: Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    transform_maps: Callable[[Array], Array] | None = None,
+    implementation: str | None = None,
+    return_maps: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Attention in which query head n uses key/value head group_index[n].
+
+    Differentiable in query, key and value. Scores and softmax are float32 whatever the input dtype.
+    All shapes are static: one compilation serves every group index.
+
+    Args:
+      query: BTNH.
+      key: BSKH.
+      value: BSKH.
+      group_index: (N,) or (B, N) int; None: the equal grouping, which takes a static path without
+        any expansion (K must divide N).
+      mask: bool, broadcastable to BNTS, False where a token must not be attended to. A row without
+        any True attends to all tokens equally.
+      dropout_rate: rate of dropout on the attention maps.
+      dropout_rng: key for it; needed where the rate is not zero.
+      transform_maps: applied to the maps BNTS between softmax and dropout (PGQA's noise).
+      implementation: see `expand_heads`.
+      return_maps: also return the maps as they were used, BNTS in the dtype of `value`.
+
+    Returns:
+      BTNH in the dtype of `value`, or (BTNH, BNTS) with `return_maps`.
+
+    Raises:
+      ValueError: shapes that do not fit together, an unknown implementation, dropout without key.
+    """
+    _check_shapes(query, key, value, group_index)
+    scores = _scores(query * query.shape[-1] ** -0.5, key, group_index, implementation)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    maps = jax.nn.softmax(scores, axis=-1)
+    if transform_maps is not None:
+        maps = transform_maps(maps)
+    if dropout_rate > 0.0:
+        if dropout_rng is None:
+            raise ValueError("dropout_rate > 0 needs a dropout_rng")
+        kept = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, maps.shape)
+        maps = jnp.where(kept, maps / (1.0 - dropout_rate), 0.0)
+    maps = maps.astype(value.dtype)
+    out = _mix(maps, value, group_index, implementation)
+    return (out, maps) if return_maps else out
+
+
+# --- PGQA ---------------------------------------------------------------------------------------
+
+_DRAWS = {"normal": jax.random.normal, "uniform": jax.random.uniform}
+_NOISE_TARGETS = ("maps", "output")
+
+
+def matched_noise(rng: Array, target: Array, distribution: str = "normal") -> Array:
+    """Noise with the mean and the standard deviation of each row (last axis) of `target`.
+
+    One draw is shared by the whole batch (axis 0), so that an image's noise does not depend on its
+    place in the batch; the draw is standardised per row before it takes on the row's statistics.
+    The noise carries no gradient.
+
+    Args:
+      rng: key.
+      target: float array, batch axis first.
+      distribution: "normal" or "uniform".
+
+    Returns:
+      float32, the shape of `target`.
+    """
+    if distribution not in _DRAWS:
+        raise unknown("noise_distribution", distribution, _DRAWS)
+    draw = _DRAWS[distribution](rng, target.shape[1:], jnp.float32)
+    draw = jax.nn.standardize(draw, axis=-1)
+    target = jax.lax.stop_gradient(target).astype(jnp.float32)
+    mean, std = (f(target, axis=-1, keepdims=True) for f in (jnp.mean, jnp.std))
+    return mean + std * draw
+
+
+def perturb_maps(rng: Array, maps: Array, scale: float, distribution: str) -> Array:
+    """Subtract matched noise with zero diagonal from attention maps BNTS (the paper's PGQA)."""
+    off_diagonal = ~jnp.eye(*maps.shape[-2:], dtype=bool)
+    return maps - scale * matched_noise(rng, maps, distribution) * off_diagonal
+
+
+def perturb_output(rng: Array, out: Array, scale: float, distribution: str) -> Array:
+    """Subtract matched noise from an attention output BTNH, as the released code does.
+
+    The first entry (h = 0) of every row stays as it is.
+    """
+    noise = matched_noise(rng, out, distribution).at[..., 0].set(0.0)
+    return out - (scale * noise).astype(out.dtype)
+
+
+# --- the Flax module ----------------------------------------------------------------------------
+
+
+class GroupedQueryAttention(nn.Module):
+    """Self-attention of any variant of `VARIANTS`.
+
+    Parameters: query (D,N,H), key and value (D,K,H), out (N,H,D) kernels with biases.
+    Collection `norm_stats` (mutable in training): `key_norm` (K,) float32 and `allocation` (K,)
+    int32 for DGQA, `key_gradient` (K,) float32 for importance "gradient". Evaluation reads it and
+    changes nothing. RNG streams: `dropout`, and `noise` for PGQA.
+
+    Sown when the collection is mutable: `grouping` gets key_norm, allocation and group_index;
+    `intermediates` gets the attention maps BNTS.
+
+    Attributes:
+      num_heads: N.
+      num_kv_heads: K; None: N for `mha`, else N/2.
+      attention: a name in `VARIANTS`, or "mhsa".
+      importance: score of a key head, a name in `allocation.IMPORTANCE`.
+      allocation_scope: KDGQA: "batch" (as published: one allocation from the norms of the batch) or
+        "example" (each image by its own norms: its output does not depend on its batch mates).
+      min_heads_per_group: least number of query heads of each key/value head; 0 as published.
+      beta: DGQA-EMA: weight of the current norms.
+      window: DGQA: the allocation is recomputed in training steps with step % window == 0.
+      noise_target: PGQA: "maps" (the paper) or "output" (as released).
+      noise_distribution: PGQA: "normal" or "uniform" (as released).
+      noise_scale: PGQA: factor on the noise.
+      noise_at_eval: PGQA: perturb in evaluation too. The released code does; the default here is
+        False, so that evaluation is deterministic.
+      dropout: rate on the output projection.
+      attn_dropout: rate on the attention maps.
+      qkv_bias: the query, key and value projections have a bias.
+      kernel_init: initialiser of the four projections.
+      implementation: see `expand_heads`.
+      dtype: of the computation; None: that of input and parameters. Norms, scores and softmax are
+        float32 in any case.
+      param_dtype: of the parameters.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    attention: str = "gqa"
+    importance: str = "l2"
+    allocation_scope: str = "batch"
+    min_heads_per_group: int = 0
+    beta: float = 0.9
+    window: int = 300
+    noise_target: str = "maps"
+    noise_distribution: str = "normal"
+    noise_scale: float = 1.0
+    noise_at_eval: bool = False
+    dropout: float = 0.0
+    attn_dropout: float = 0.0
+    qkv_bias: bool = True
+    kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+    implementation: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @property
+    def variant(self) -> Variant:
+        return VARIANTS[variant_name(self.attention)]
+
+    def check(self) -> int:
+        """Raise UserError for options that do not fit; return K."""
+        num_kv_heads = resolve_num_kv_heads(self.attention, self.num_heads, self.num_kv_heads)
+        choices = {
+            "importance": alloc.IMPORTANCE,
+            "allocation_scope": ("batch", "example"),
+            "noise_target": _NOISE_TARGETS,
+            "noise_distribution": _DRAWS,
+            "implementation": (None, *IMPLEMENTATIONS),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), [str(k) for k in known])
+        if self.allocation_scope == "example" and self.importance == "gradient":
+            raise UserError(
+                "importance 'gradient' is one score per layer: use allocation_scope 'batch'"
+            )
+        if not 0 <= self.min_heads_per_group * num_kv_heads <= self.num_heads:
+            raise UserError(
+                f"min_heads_per_group={self.min_heads_per_group} for {num_kv_heads} key/value heads"
+                f" needs more than the {self.num_heads} query heads; lower one of them"
+            )
+        if self.window < 1:
+            raise UserError(f"window={self.window} must be at least 1 step")
+        return num_kv_heads
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        *,
+        train: bool = False,
+        step: Array | int | None = None,
+        mask: Array | None = None,
+    ) -> Array:
+        """BTD -> BTD.
+
+        Args:
+          x: BTD.
+          train: apply dropout and noise, and update `norm_stats`.
+          step: the global optimizer step; needed by DGQA in training.
+          mask: (B,) bool, False for padded images, whose keys never count in the norms.
+        """
+        num_kv_heads = self.check()
+        width = x.shape[-1]
+        if width % self.num_heads:
+            raise UserError(
+                f"model width {width} is not a multiple of the {self.num_heads} query heads"
+            )
+        head_width = width // self.num_heads
+        common = {
+            "kernel_init": self.kernel_init,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+
+        def heads(count: int, name: str) -> Array:
+            dense = nn.DenseGeneral(
+                (count, head_width), use_bias=self.qkv_bias, name=name, **common
+            )
+            return dense(x)
+
+        query = heads(self.num_heads, "query")  # BTNH
+        key = heads(num_kv_heads, "key")  # BSKH
+        value = heads(num_kv_heads, "value")  # BSKH
+
+        index = self._group_index(key, num_kv_heads, train, step, mask)
+        noise_rng = None
+        if self.variant.noise and (train or self.noise_at_eval):
+            noise_rng = self.make_rng("noise")
+        noise = (self.noise_scale, self.noise_distribution)
+        out, maps = grouped_attention(
+            query,
+            key,
+            value,
+            index,
+            dropout_rate=self.attn_dropout if train else 0.0,
+            dropout_rng=self.make_rng("dropout") if train and self.attn_dropout > 0 else None,
+            transform_maps=None
+            if noise_rng is None or self.noise_target != "maps"
+            else lambda maps: perturb_maps(noise_rng, maps, *noise),
+            implementation=self.implementation,
+            return_maps=True,
+        )
+        if noise_rng is not None and self.noise_target == "output":
+            out = perturb_output(noise_rng, out, *noise)
+        self._record("intermediates", maps=maps)
+        out = nn.DenseGeneral(width, axis=(-2, -1), name="out", **common)(out)
+        return nn.Dropout(self.dropout, deterministic=not train)(out)
+
+    def _record(self, collection: str, **values: Array) -> None:
+        """Sow values as they are (not in tuples), where somebody asked for the collection."""
+        if not self.is_initializing():
+            for name, value in values.items():
+                self.sow(
+                    collection, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None
+                )
+
+    def _group_index(
+        self,
+        key: Array,
+        num_kv_heads: int,
+        train: bool,
+        step: Array | int | None,
+        mask: Array | None,
+    ) -> Array | None:
+        """(N,) or (B, N) int32 for this variant; None for the equal grouping. Updates norm_stats."""
+        variant = self.variant
+        equal = alloc.equal_allocation(self.num_heads, num_kv_heads)
+        if variant.rule is None and not self.is_mutable_collection("grouping"):
+            return None
+
+        if self.importance == "gradient":
+            gradient = self.variable(
+                "norm_stats", "key_gradient", jnp.zeros, num_kv_heads, jnp.float32
+            )
+            norms = gradient.value
+        else:
+            per_example = self.allocation_scope == "example" and not variant.remembers
+            norms = alloc.key_head_norms(
+                key, mask, per_example=per_example, importance=self.importance
+            )
+
+        if variant.rule is None:
+            allocation = equal
+        elif not variant.remembers:
+            allocation = self._apply_rule(norms)
+        else:
+            key_norm = self.variable("norm_stats", "key_norm", jnp.zeros, num_kv_heads, jnp.float32)
+            kept = self.variable("norm_stats", "allocation", lambda: equal)
+            if train and not self.is_initializing():
+                if step is None:
+                    raise ValueError(
+                        f"attention {self.attention!r} in training needs step=..., the global optimizer step"
+                    )
+                due = step % self.window == 0
+                new_allocation, new_norm = self._apply_rule(norms, key_norm.value)
+                key_norm.value = jnp.where(due, new_norm, key_norm.value)
+                kept.value = jnp.where(due, new_allocation, kept.value)
+            allocation = kept.value
+
+        index = alloc.group_index(allocation, self.num_heads)
+        self._record("grouping", key_norm=norms, allocation=allocation, group_index=index)
+        return None if variant.rule is None else index
+
+    def _apply_rule(self, *scores: Array) -> Any:
+        options = {name: getattr(self, name) for name in self.variant.options}
+        return self.variant.rule(*scores, self.num_heads, **options)
+
+
+def remember_key_gradients(norm_stats: Any, grads: Any) -> Any:
+    """Importance "gradient": write each layer's key head gradient norms into `norm_stats`.
+
+    To be called once per update, with the gradients of that update. Layers without the entry
+    `key_gradient`, and so every other importance, stay as they are.
+
+    Args:
+      norm_stats: the collection, as a nested dict.
+      grads: gradients of `params`, a nested dict of the same layout; leading layer axes pass through.
+
+    Returns:
+      `norm_stats` with key_gradient[k] = the Frobenius norm, in float32, of the loss gradient on the
+      projection (kernel and bias) of key head k.
+    """
+    if not isinstance(norm_stats, dict):
+        return norm_stats
+    new = {
+        name: remember_key_gradients(sub, grads.get(name, {})) for name, sub in norm_stats.items()
+    }
+    if "key_gradient" in new:
+        squares = [jnp.sum(jnp.square(grads["key"]["kernel"].astype(jnp.float32)), axis=(-3, -1))]
+        if "bias" in grads["key"]:
+            squares.append(jnp.sum(jnp.square(grads["key"]["bias"].astype(jnp.float32)), axis=-1))
+        new["key_gradient"] = jnp.sqrt(sum(squares))
+    return new

@@ -1,0 +1,356 @@
+"""Vision Transformer with grouped query attention, timm semantics.
+
+Pre-norm blocks, LayerNorm eps 1e-6, exact (erf) GELU, qkv bias, class token, learned position
+embedding. `create("S/16", attention="kdgqa", num_kv_heads=3)` builds a Flax module.
+
+    B  batch    T  tokens (class token first, then the patches row by row)    D  model width
+    L  layers   N  query heads    K  key/value heads    M  MLP width
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import FrozenDict
+
+from kdgqa_jax.attention import GroupedQueryAttention
+from kdgqa_jax.errors import UserError, unknown
+
+Array = jax.Array
+
+SIZES: dict[str, dict[str, int]] = {
+    "mu": {"width": 128, "depth": 4, "num_heads": 8, "mlp_width": 256},  # for tests and the demo
+    "Ti": {"width": 192, "depth": 12, "num_heads": 3, "mlp_width": 768},
+    "S": {"width": 384, "depth": 12, "num_heads": 6, "mlp_width": 1536},
+    "B": {"width": 768, "depth": 12, "num_heads": 12, "mlp_width": 3072},
+    "L": {"width": 1024, "depth": 24, "num_heads": 16, "mlp_width": 4096},
+}
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,  # keep all activations
+    "dots": jax.checkpoint_policies.dots_saveable,  # keep the results of matrix products
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of projections only
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block only
+}
+
+_kernel_init = nn.initializers.truncated_normal(0.02)
+
+
+def drop_path(x: Array, rate: Array | float, rng: Array) -> Array:
+    """Stochastic depth: zero the residual branch BTD of random images, scale up that of the others."""
+    kept = jax.random.bernoulli(rng, 1.0 - rate, (x.shape[0], 1, 1))
+    return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+class Mlp(nn.Module):
+    """fc1, erf GELU, fc2: BTD -> BTD."""
+
+    mlp_width: int
+    dropout: float = 0.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        width = x.shape[-1]
+        common = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": _kernel_init}
+        x = nn.Dense(self.mlp_width, name="fc1", **common)(x)
+        x = nn.gelu(x, approximate=False)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = nn.Dense(width, name="fc2", **common)(x)
+        return nn.Dropout(self.dropout, deterministic=not train)(x)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: BTD -> BTD (and None, the empty output of a scan)."""
+
+    mlp_width: int
+    attention: FrozenDict[str, Any]  # fields of GroupedQueryAttention
+    dropout: float = 0.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        drop_path_rate: Array | float | None,
+        train: bool,
+        step: Array | int | None,
+        mask: Array | None,
+    ) -> tuple[Array, None]:
+        common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def residual(x: Array, branch: Array) -> Array:
+            if train and drop_path_rate is not None:
+                branch = drop_path(branch, drop_path_rate, self.make_rng("dropout"))
+            return x + branch
+
+        attention = GroupedQueryAttention(
+            **self.attention, dropout=self.dropout, kernel_init=_kernel_init, name="attn", **common
+        )
+        y = layer_norm("norm1", **common)(x)
+        x = residual(x, attention(y, train=train, step=step, mask=mask))
+        y = layer_norm("norm2", **common)(x)
+        return residual(x, Mlp(self.mlp_width, self.dropout, name="mlp", **common)(y, train)), None
+
+
+def layer_norm(name: str | None = None, **common: Any) -> nn.LayerNorm:
+    """LayerNorm as timm's ViT has it; statistics in float32."""
+    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name, **common)
+
+
+class VisionTransformer(nn.Module):
+    """ViT whose attention is any variant of `attention.VARIANTS`.
+
+    Attributes:
+      width: D.
+      depth: L.
+      mlp_width: M.
+      attention: fields of `GroupedQueryAttention` by name, num_heads among them.
+      patch_size: side of a patch in pixels.
+      image_size: side of the images in pixels, or (height, width); multiples of patch_size.
+      num_classes: width of the head; 0: no head, the pooled features are returned.
+      pool: "token" (class token after the final norm) or "avg" (mean over the patch tokens, then
+        a norm named `fc_norm`, as timm has it).
+      class_token: the model has a class token; "token" pooling needs it.
+      dropout: after the position embedding, the attention output and the MLP layers.
+      drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
+      scan_layers: one compiled block for all layers (`blocks` with a leading L axis) instead of L
+        of them (`blocks_0`..); `stack_layers` and `unstack_layers` convert between the two.
+      remat: a name in `REMAT_POLICIES`.
+      dtype: of the computation; None: that of inputs and parameters.
+      param_dtype: of the parameters.
+    """
+
+    width: int
+    depth: int
+    mlp_width: int
+    attention: FrozenDict[str, Any]
+    patch_size: int = 16
+    image_size: int | tuple[int, int] = 224
+    num_classes: int = 1000
+    pool: str = "token"
+    class_token: bool = True
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    scan_layers: bool = False
+    remat: str = "none"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        height, width = self.image_shape
+        return height // self.patch_size, width // self.patch_size
+
+    def setup(self) -> None:
+        common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.patch_embed = nn.Conv(
+            self.width,
+            (self.patch_size, self.patch_size),
+            strides=(self.patch_size, self.patch_size),
+            padding="VALID",
+            **common,
+        )
+        if self.class_token:
+            self.cls_token = self.param(
+                "cls_token", nn.initializers.normal(1e-6), (1, 1, self.width), self.param_dtype
+            )
+        length = self.grid[0] * self.grid[1] + self.class_token
+        self.pos_embed = self.param(
+            "pos_embed", _kernel_init, (1, length, self.width), self.param_dtype
+        )
+        self.pos_dropout = nn.Dropout(self.dropout)
+
+        block, fields = (
+            Block,
+            {
+                "mlp_width": self.mlp_width,
+                "attention": self.attention,
+                "dropout": self.dropout,
+                **common,
+            },
+        )
+        if self.remat != "none":
+            block = nn.remat(
+                Block,
+                policy=REMAT_POLICIES[self.remat],
+                static_argnums=(3,),  # train
+                prevent_cse=not self.scan_layers,
+            )
+        if self.scan_layers:
+            block = nn.scan(
+                block,
+                variable_axes={"params": 0, "norm_stats": 0, "grouping": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True, "noise": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=self.depth,
+            )
+            self.blocks = block(**fields)
+        else:
+            self.blocks = [block(**fields) for _ in range(self.depth)]
+        self.norm = layer_norm(**common) if self.pool == "token" else None
+        self.fc_norm = layer_norm(**common) if self.pool == "avg" else None
+        if self.num_classes:
+            self.head = nn.Dense(self.num_classes, kernel_init=_kernel_init, **common)
+
+    def features(
+        self,
+        images: Array,
+        *,
+        train: bool = False,
+        step: Array | int | None = None,
+        mask: Array | None = None,
+    ) -> Array:
+        """All tokens BTD, after the final norm where `pool` is "token". Arguments as `__call__`."""
+        if images.ndim != 4 or images.shape[1:3] != self.image_shape:
+            raise UserError(
+                f"expected images (batch, {self.image_shape[0]}, {self.image_shape[1]}, channels),"
+                f" got shape {images.shape}"
+            )
+        x = self.patch_embed(images)
+        x = x.reshape(x.shape[0], -1, self.width)  # BTD
+        if self.class_token:
+            token = jnp.broadcast_to(self.cls_token.astype(x.dtype), (x.shape[0], 1, self.width))
+            x = jnp.concatenate([token, x], axis=1)
+        x = x + self.pos_embed.astype(x.dtype)
+        x = self.pos_dropout(x, deterministic=not train)
+
+        rates = [self.drop_path * i / max(self.depth - 1, 1) for i in range(self.depth)]
+        if self.scan_layers:
+            rates = jnp.asarray(rates, jnp.float32) if self.drop_path else None
+            x, _ = self.blocks(x, rates, train, step, mask)
+        else:
+            for block, rate in zip(self.blocks, rates, strict=True):
+                x, _ = block(x, rate if rate else None, train, step, mask)
+        return self.norm(x) if self.norm is not None else x
+
+    def __call__(
+        self,
+        images: Array,
+        *,
+        train: bool = False,
+        step: Array | int | None = None,
+        mask: Array | None = None,
+    ) -> Array:
+        """Logits (B, num_classes) float32, or pooled features (B, D) where num_classes is 0.
+
+        Args:
+          images: (B, height, width, channels) float, normalised.
+          train: apply dropout, drop path and noise, and update `norm_stats` (needs
+            mutable=["norm_stats"] for DGQA). RNG streams: `dropout`, and `noise` for PGQA.
+          step: the global optimizer step; needed by DGQA in training.
+          mask: (B,) bool, False for padded images: they never count in key norms.
+
+        Raises:
+          UserError: images of another size.
+        """
+        x = self.features(images, train=train, step=step, mask=mask)
+        if self.pool == "token":
+            x = x[:, 0]
+        else:
+            x = self.fc_norm(jnp.mean(x[:, int(self.class_token) :], axis=1))
+        if self.num_classes:
+            x = self.head(x)
+        return x.astype(jnp.float32)
+
+
+def _field_names(module: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
+
+
+_VIT_FIELDS = _field_names(VisionTransformer)
+_ATTENTION_FIELDS = _field_names(GroupedQueryAttention) - _VIT_FIELDS - {"kernel_init"}
+
+
+def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransformer:
+    """A ViT by name.
+
+    Args:
+      name: SIZE/PATCH such as "S/16", "B/16", "L/16", "Ti/16", "mu/2"; SIZE alone means patch 16.
+      attention: a name in `attention.VARIANTS`, or "mhsa".
+      **options: any field of `VisionTransformer` (num_classes, image_size, scan_layers, drop_path,
+        dtype, ...) or of `GroupedQueryAttention` (num_kv_heads, window, beta, attn_dropout, ...).
+
+    Returns:
+      The module; `init_variables` makes its variables.
+
+    Raises:
+      UserError: an unknown name or option, or options that do not fit together.
+    """
+    match = re.fullmatch(r"([A-Za-z]+)(?:/(\d+))?", name)
+    if not match or match[1] not in SIZES:
+        raise unknown("model", name, [f"{size}/PATCH" for size in SIZES])
+    fields: dict[str, Any] = dict(SIZES[match[1]], patch_size=int(match[2] or 16))
+    fields |= options
+    for option in fields:
+        if option not in _VIT_FIELDS | _ATTENTION_FIELDS:
+            raise unknown("model option", option, sorted(_VIT_FIELDS | _ATTENTION_FIELDS))
+    attention_fields = {k: fields.pop(k) for k in list(fields) if k in _ATTENTION_FIELDS}
+    layer = GroupedQueryAttention(attention=attention, **attention_fields)
+    num_kv_heads = layer.check()
+    if fields["width"] % layer.num_heads:
+        raise UserError(
+            f"width {fields['width']} is not a multiple of {layer.num_heads} query heads"
+        )
+    if isinstance(fields.get("image_size"), list):
+        fields["image_size"] = tuple(fields["image_size"])
+    model = VisionTransformer(
+        attention=FrozenDict(attention_fields, attention=attention, num_kv_heads=num_kv_heads),
+        **fields,
+    )
+    for option, known in {"pool": ("token", "avg"), "remat": REMAT_POLICIES}.items():
+        if getattr(model, option) not in known:
+            raise unknown(option, getattr(model, option), known)
+    if any(side < 1 or side % model.patch_size for side in model.image_shape):
+        raise UserError(
+            f"image size {model.image_shape} must be positive multiples of the patch size {model.patch_size}"
+        )
+    if model.pool == "token" and not model.class_token:
+        raise UserError('pool "token" needs class_token=True; use pool "avg" without a class token')
+    return model
+
+
+def init_variables(model: VisionTransformer, rng: Array, channels: int = 3) -> dict[str, Any]:
+    """{"params": ..., and for DGQA "norm_stats": ...}, made by one jitted initialisation."""
+    images = jax.ShapeDtypeStruct((1, *model.image_shape, channels), jnp.float32)
+    return jax.jit(lambda rng: model.init(rng, jnp.zeros(images.shape, images.dtype)))(rng)
+
+
+# --- layouts of the layers ----------------------------------------------------------------------
+
+
+def stack_layers(tree: dict[str, Any]) -> dict[str, Any]:
+    """`blocks_0`.. -> `blocks` with a leading L axis (the layout of scan_layers=True).
+
+    Works on `params` and on any collection; a stacked tree passes through.
+    """
+    names = sorted((k for k in tree if re.fullmatch(r"blocks_\d+", k)), key=lambda k: int(k[7:]))
+    if not names:
+        return tree
+    rest = {k: v for k, v in tree.items() if k not in names}
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree[k] for k in names))
+    return {**rest, "blocks": stacked}
+
+
+def unstack_layers(tree: dict[str, Any]) -> dict[str, Any]:
+    """`blocks` with a leading L axis -> `blocks_0`..; an unstacked tree passes through."""
+    if "blocks" not in tree:
+        return tree
+    rest = {k: v for k, v in tree.items() if k != "blocks"}
+    depth = jax.tree.leaves(tree["blocks"])[0].shape[0]
+    layers = {
+        f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], tree["blocks"]) for i in range(depth)
+    }
+    return {**rest, **layers}
