@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kdgqa_jax import allocation as alloc
+from kdgqa_jax import noise
 from kdgqa_jax.errors import UserError, unknown
 
 Array = jax.Array
@@ -115,9 +116,9 @@ def expand_heads(x: Array, group_index: Array, implementation: str | None = None
     """Key/value heads for every query head: BSKH and (N,) or (B, N) int -> BSNH.
 
     `implementation` is a name in `IMPLEMENTATIONS`: a gather by the group index, or a contraction
-    with the assignment mask. Both give the same numbers. None takes the gather on CPU, where it was
-    measured to be the faster one, and the contraction elsewhere: it feeds a TPU's matrix unit, and its
-    gradient has a fixed order of summation on GPUs, where that of the gather has not.
+    with the assignment mask. Both give the same numbers. None takes the gather on CPU, where it
+    was measured to be the faster one, and the contraction elsewhere: it feeds a TPU's matrix unit,
+    and its gradient has a fixed order of summation on GPUs, where that of the gather has not.
     """
     if implementation is None:
         implementation = "gather" if jax.default_backend() == "cpu" else "one_hot"
@@ -233,51 +234,6 @@ def grouped_attention(
     return (out, maps) if return_maps else out
 
 
-# --- PGQA ---------------------------------------------------------------------------------------
-
-_DRAWS = {"normal": jax.random.normal, "uniform": jax.random.uniform}
-_NOISE_TARGETS = ("maps", "output")
-
-
-def matched_noise(rng: Array, target: Array, distribution: str = "normal") -> Array:
-    """Noise with the mean and the standard deviation of each row (last axis) of `target`.
-
-    One draw is shared by the whole batch (axis 0), so that an image's noise does not depend on its
-    place in the batch; the draw is standardised per row before it takes on the row's statistics.
-    The noise carries no gradient.
-
-    Args:
-      rng: key.
-      target: float array, batch axis first.
-      distribution: "normal" or "uniform".
-
-    Returns:
-      float32, the shape of `target`.
-    """
-    if distribution not in _DRAWS:
-        raise unknown("noise_distribution", distribution, _DRAWS)
-    draw = _DRAWS[distribution](rng, target.shape[1:], jnp.float32)
-    draw = jax.nn.standardize(draw, axis=-1)
-    target = jax.lax.stop_gradient(target).astype(jnp.float32)
-    mean, std = (f(target, axis=-1, keepdims=True) for f in (jnp.mean, jnp.std))
-    return mean + std * draw
-
-
-def perturb_maps(rng: Array, maps: Array, scale: float, distribution: str) -> Array:
-    """Subtract matched noise with zero diagonal from attention maps BNTS (the paper's PGQA)."""
-    off_diagonal = ~jnp.eye(*maps.shape[-2:], dtype=bool)
-    return maps - scale * matched_noise(rng, maps, distribution) * off_diagonal
-
-
-def perturb_output(rng: Array, out: Array, scale: float, distribution: str) -> Array:
-    """Subtract matched noise from an attention output BTNH, as the released code does.
-
-    The first entry (h = 0) of every row stays as it is.
-    """
-    noise = matched_noise(rng, out, distribution).at[..., 0].set(0.0)
-    return out - (scale * noise).astype(out.dtype)
-
-
 # --- the Flax module ----------------------------------------------------------------------------
 
 
@@ -339,6 +295,7 @@ class GroupedQueryAttention(nn.Module):
 
     @property
     def variant(self) -> Variant:
+        """The row of `VARIANTS`."""
         return VARIANTS[variant_name(self.attention)]
 
     def check(self) -> int:
@@ -347,8 +304,8 @@ class GroupedQueryAttention(nn.Module):
         choices = {
             "importance": alloc.IMPORTANCE,
             "allocation_scope": ("batch", "example"),
-            "noise_target": _NOISE_TARGETS,
-            "noise_distribution": _DRAWS,
+            "noise_target": noise.TARGETS,
+            "noise_distribution": noise.DRAWS,
             "implementation": (None, *IMPLEMENTATIONS),
         }
         for name, known in choices.items():
@@ -411,7 +368,7 @@ class GroupedQueryAttention(nn.Module):
         noise_rng = None
         if self.variant.noise and (train or self.noise_at_eval):
             noise_rng = self.make_rng("noise")
-        noise = (self.noise_scale, self.noise_distribution)
+        noise_options = (self.noise_scale, self.noise_distribution)
         out, maps = grouped_attention(
             query,
             key,
@@ -421,12 +378,12 @@ class GroupedQueryAttention(nn.Module):
             dropout_rng=self.make_rng("dropout") if train and self.attn_dropout > 0 else None,
             transform_maps=None
             if noise_rng is None or self.noise_target != "maps"
-            else lambda maps: perturb_maps(noise_rng, maps, *noise),
+            else lambda maps: noise.perturb_maps(noise_rng, maps, *noise_options),
             implementation=self.implementation,
             return_maps=True,
         )
         if noise_rng is not None and self.noise_target == "output":
-            out = perturb_output(noise_rng, out, *noise)
+            out = noise.perturb_output(noise_rng, out, *noise_options)
         self._record("intermediates", maps=maps)
         out = nn.DenseGeneral(width, axis=(-2, -1), name="out", **common)(out)
         return nn.Dropout(self.dropout, deterministic=not train)(out)
@@ -447,7 +404,7 @@ class GroupedQueryAttention(nn.Module):
         step: Array | int | None,
         mask: Array | None,
     ) -> Array | None:
-        """(N,) or (B, N) int32 for this variant; None for the equal grouping. Updates norm_stats."""
+        """(N,) or (B, N) int32; None for the equal grouping. Updates `norm_stats`."""
         variant = self.variant
         equal = alloc.equal_allocation(self.num_heads, num_kv_heads)
         if variant.rule is None and not self.is_mutable_collection("grouping"):
@@ -474,7 +431,8 @@ class GroupedQueryAttention(nn.Module):
             if train and not self.is_initializing():
                 if step is None:
                     raise ValueError(
-                        f"attention {self.attention!r} in training needs step=..., the global optimizer step"
+                        f"attention {self.attention!r} in training needs step=..., the global"
+                        " optimizer step"
                     )
                 due = step % self.window == 0
                 new_allocation, new_norm = self._apply_rule(norms, key_norm.value)
@@ -499,11 +457,11 @@ def remember_key_gradients(norm_stats: Any, grads: Any) -> Any:
 
     Args:
       norm_stats: the collection, as a nested dict.
-      grads: gradients of `params`, a nested dict of the same layout; leading layer axes pass through.
+      grads: gradients of `params`, a nested dict of the same layout; a leading layer axis may be.
 
     Returns:
-      `norm_stats` with key_gradient[k] = the Frobenius norm, in float32, of the loss gradient on the
-      projection (kernel and bias) of key head k.
+      `norm_stats` with key_gradient[k] = the Frobenius norm, in float32, of the loss gradient on
+      the projection (kernel and bias) of key head k.
     """
     if not isinstance(norm_stats, dict):
         return norm_stats

@@ -32,7 +32,7 @@ SIZES: dict[str, dict[str, int]] = {
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,  # keep all activations
     "dots": jax.checkpoint_policies.dots_saveable,  # keep the results of matrix products
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of projections only
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of projections
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block only
 }
 
@@ -40,7 +40,7 @@ _kernel_init = nn.initializers.truncated_normal(0.02)
 
 
 def drop_path(x: Array, rate: Array | float, rng: Array) -> Array:
-    """Stochastic depth: zero the residual branch BTD of random images, scale up that of the others."""
+    """Stochastic depth: zero the branch BTD of random images and scale up that of the others."""
     kept = jax.random.bernoulli(rng, 1.0 - rate, (x.shape[0], 1, 1))
     return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
@@ -315,7 +315,8 @@ def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransf
             raise unknown(option, getattr(model, option), known)
     if any(side < 1 or side % model.patch_size for side in model.image_shape):
         raise UserError(
-            f"image size {model.image_shape} must be positive multiples of the patch size {model.patch_size}"
+            f"image size {model.image_shape} must be positive multiples of the patch size"
+            f" {model.patch_size}"
         )
     if model.pool == "token" and not model.class_token:
         raise UserError('pool "token" needs class_token=True; use pool "avg" without a class token')
