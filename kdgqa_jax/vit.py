@@ -22,7 +22,7 @@ from kdgqa_jax.errors import UserError, unknown
 Array = jax.Array
 
 SIZES: dict[str, dict[str, int]] = {
-    "mu": {"width": 128, "depth": 4, "num_heads": 8, "mlp_width": 256},  # for tests and the demo
+    "mu": {"width": 64, "depth": 4, "num_heads": 8, "mlp_width": 256},  # for tests and the demo
     "Ti": {"width": 192, "depth": 12, "num_heads": 3, "mlp_width": 768},
     "S": {"width": 384, "depth": 12, "num_heads": 6, "mlp_width": 1536},
     "B": {"width": 768, "depth": 12, "num_heads": 12, "mlp_width": 3072},
@@ -36,7 +36,7 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block only
 }
 
-_kernel_init = nn.initializers.truncated_normal(0.02)
+_kernel_init = nn.initializers.xavier_uniform()  # as the original ViT has it
 
 
 def drop_path(x: Array, rate: Array | float, rng: Array) -> Array:
@@ -169,7 +169,10 @@ class VisionTransformer(nn.Module):
             )
         length = self.grid[0] * self.grid[1] + self.class_token
         self.pos_embed = self.param(
-            "pos_embed", _kernel_init, (1, length, self.width), self.param_dtype
+            "pos_embed",
+            nn.initializers.normal(self.width**-0.5),
+            (1, length, self.width),
+            self.param_dtype,
         )
         self.pos_dropout = nn.Dropout(self.dropout)
 
@@ -203,7 +206,7 @@ class VisionTransformer(nn.Module):
         self.norm = layer_norm(**common) if self.pool == "token" else None
         self.fc_norm = layer_norm(**common) if self.pool == "avg" else None
         if self.num_classes:
-            self.head = nn.Dense(self.num_classes, kernel_init=_kernel_init, **common)
+            self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, **common)
 
     def features(
         self,

@@ -1,0 +1,195 @@
+"""Every field of every config, with its default: the published recipe.
+
+Configs live in configs/NAME.py as `get_config(arg)`; structure goes into the argument string
+(`finetune:dataset=digits,model=S/16`), scalars into `--config.x=`.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import pathlib
+import pkgutil
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
+
+from kdgqa_jax import vit
+from kdgqa_jax.attention import GroupedQueryAttention
+from kdgqa_jax.errors import UserError, unknown
+
+
+def _model_config() -> ConfigDict:
+    """Fields of `vit.create`, with the defaults of the modules."""
+    set_by_name = {*vit.SIZES["S"], "patch_size", "num_classes", "kernel_init", "parent"}
+    fields: dict[str, Any] = {}
+    for module in (vit.VisionTransformer, GroupedQueryAttention):
+        for field in dataclasses.fields(module):
+            if field.name not in set_by_name and field.default is not dataclasses.MISSING:
+                fields[field.name] = field.default
+    typed = {
+        "name": "S/16",
+        "attention": "mha",
+        "num_kv_heads": config_dict.placeholder(int),
+        "implementation": config_dict.placeholder(str),
+        "dtype": "float32",
+        "param_dtype": "float32",
+    }
+    return ConfigDict({**fields, **typed})
+
+
+def train_config() -> ConfigDict:
+    """All fields of a training run; the defaults are the paper's recipe (docs/method.md)."""
+    return ConfigDict(
+        {
+            "seed": 42,
+            # A model directory whose weights the run starts from; "": random initialisation.
+            "init": "",
+            "model": _model_config(),
+            "data": {
+                "name": "digits",
+                "data_dir": "",
+                "shift": "none",  # a name in data.sources.SHIFTS
+                "mean": 0.5,  # of pixel values in 0..1
+                "std": 0.5,
+            },
+            "optim": {
+                "learning_rate": 1e-5,
+                "schedule": "constant",
+                "warmup_steps": 0,
+                "beta1": 0.9,
+                "beta2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.01,
+            },
+            "batch_size": 32,
+            "epochs": 5.0,
+            "eval_batch_size": 256,
+            "eval_every_epochs": 1.0,  # 0: at the end only
+            "checkpoint_every": 500,  # steps
+            "log_every": 50,  # steps
+        }
+    )
+
+
+def study_config() -> ConfigDict:
+    """All fields of a study: the protocol over variants and seeds."""
+    return ConfigDict(
+        {
+            "variants": ("mha", "gqa", "kdgqa", "dgqa_ema", "dgqa_diff", "pgqa"),
+            "num_kv_heads": config_dict.placeholder(int),  # None: half the query heads
+            "pooling": "mean",  # of key/value heads, a name in convert.POOLING
+            "seed": 42,  # of the first run; the others count up from it
+            "seeds": 1,  # how many
+            "pretrain": train_config(),
+            "uptrain": train_config(),
+            "finetune": train_config(),
+        }
+    )
+
+
+# --- finding, changing and checking configs -----------------------------------------------------
+
+
+def config_names() -> list[str]:
+    """Names of the configs that come with the package."""
+    package = importlib.import_module("kdgqa_jax.configs")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def load_config(name: str) -> ConfigDict:
+    """The config `NAME[:arg]`, where NAME is one of `config_names()` or a path to a .py file."""
+    name, _, arg = name.partition(":")
+    if name.endswith(".py"):
+        if not pathlib.Path(name).is_file():
+            raise UserError(f"config file {name} not found")
+        spec = importlib.util.spec_from_file_location("user_config", name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"config file {name} has no function get_config(arg)")
+    else:
+        if name not in config_names():
+            raise unknown("config", name, config_names())
+        module = importlib.import_module(f"kdgqa_jax.configs.{name}")
+    return module.get_config(arg)
+
+
+def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
+    """The argument string of a config: "key=value,key=value" -> values of the defaults' types."""
+    values = dict(defaults)
+    for item in filter(None, arg.split(",")):
+        key, equals, text = item.partition("=")
+        if key not in defaults:
+            raise unknown("config argument", key, defaults)
+        if not equals:
+            raise UserError(f"config argument {item!r} must have the form {key}=VALUE")
+        kind = type(defaults[key])
+        try:
+            values[key] = kind(text)
+        except ValueError:
+            raise UserError(f"config argument {item!r} must be a {kind.__name__}") from None
+    return ConfigDict(values)
+
+
+def _leaf_names(config: ConfigDict, prefix: str = "") -> list[str]:
+    names = []
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            names += _leaf_names(value, f"{prefix}{key}.")
+        else:
+            names.append(prefix + key)
+    return names
+
+
+def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
+    """Apply `--config.FIELD=VALUE` arguments; values are parsed by the type of the field."""
+    if not arguments:
+        return config
+    names = _leaf_names(config)
+    for argument in arguments:
+        field = argument.removeprefix("--config.").partition("=")[0]
+        if not argument.startswith("--config."):
+            raise UserError(
+                f"unknown argument {argument!r}; config fields are --config.FIELD=VALUE"
+            )
+        if "=" not in argument:
+            raise UserError(f"{argument!r} must have the form --config.{field}=VALUE")
+        if field not in names:
+            raise unknown("config field", field, names)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    try:
+        values(["kdgqa", *arguments])
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(f"{' '.join(arguments)}: {error}") from None
+    return values.config
+
+
+def check_fields(config: ConfigDict, schema: ConfigDict, prefix: str = "") -> None:
+    """Raise UserError for a field that is not in the schema, is missing or of another type."""
+    for key in config:
+        if key not in schema:
+            raise unknown("config field", prefix + key, [prefix + known for known in schema])
+    for key, default in schema.items():
+        if key not in config:
+            raise UserError(f"config field {prefix + key} is missing (default {default!r})")
+        value = config[key]
+        if isinstance(default, ConfigDict):
+            check_fields(value, default, f"{prefix}{key}.")
+        elif default is not None and value is not None and not _fits(value, default):
+            raise UserError(
+                f"config field {prefix + key}={value!r} must be a {type(default).__name__}"
+            )
+
+
+def _fits(value: Any, default: Any) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, tuple | list)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, float | int)
+    if isinstance(default, int) and isinstance(value, tuple | list):
+        return True  # image_size: a side, or (height, width)
+    return isinstance(value, type(default))

@@ -1,0 +1,1 @@
+"""Images: where they come from (sources), how batches are made (pipeline, augment)."""

@@ -1,0 +1,88 @@
+"""Files of a run: claiming a directory, and writing files so that they are whole or not there."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+from kdgqa_jax.errors import UserError
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write JSON to a temporary file and rename it, so that a kill leaves no half-written file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The value in a JSON file. Raises UserError if it is not there or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} not found") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it or choose another place") from None
+
+
+def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [
+            line
+            for key in sorted(there.keys() | here.keys())
+            for line in _differences(
+                there.get(key), here.get(key), f"{name}.{key}" if name else key
+            )
+        ]
+    return [] if there == here else [f"{name}: {there!r} there, {here!r} here"]
+
+
+def claim(workdir: str | os.PathLike, config: dict[str, Any]) -> pathlib.Path:
+    """Make `workdir` the directory of the run that `config` describes, or go on with that run.
+
+    Returns:
+      The absolute path; it holds `config.json`.
+
+    Raises:
+      UserError: the directory cannot be made or written, or holds the run of another config.
+    """
+    path = pathlib.Path(workdir).absolute()
+    config = json.loads(json.dumps(config))  # as it will be read back
+    record = path / "config.json"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not record.exists():
+            write_json(record, config)
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"workdir {path} cannot be written ({reason}); choose another --workdir"
+        ) from None
+    differences = _differences(read_json(record), config)
+    if differences:
+        shown = "; ".join(differences[:4]) + ("; ..." if len(differences) > 4 else "")
+        raise UserError(
+            f"workdir {path} holds a run of another config ({shown}); choose another --workdir,"
+            " or delete that one"
+        )
+    return path
+
+
+@contextlib.contextmanager
+def written_whole(path: pathlib.Path):
+    """A directory that appears at `path` only once the block has ended without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
