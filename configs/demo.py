@@ -1,41 +1,49 @@
 """The paper's protocol in small: `kdgqa demo --workdir DIR`.
 
-Pretrain a multi-head mu/2 ViT on real images, then convert, uptrain and fine-tune every variant.
-Uptraining goes on with the pretraining data, as in the paper; fine-tuning adapts to a shifted
-version of it: every image turned by 90 degrees and made a negative.
+Pretrain a multi-head ViT of size `mu` on small real images, then convert, uptrain and fine-tune every
+variant. Uptraining goes on with the pretraining data, as in the paper; fine-tuning adapts to a
+shifted version of it: every image turned by 90 degrees and made a negative.
 
 Argument string: `demo:dataset=digits` (default) or `demo:dataset=fashion_mnist`.
 """
 
 from kdgqa_jax.config import parse_arg, study_config
+from kdgqa_jax.errors import unknown
 
-# epochs of (pretraining, uptraining, fine-tuning), and the DGQA window in steps
 PLANS = {
-    "digits": {"epochs": (40.0, 8.0, 16.0), "window": 20},
-    "fashion_mnist": {"epochs": (3.0, 0.5, 1.0), "window": 50},
+    "digits": {"model": "mu/2", "side": 8, "batch": 64, "epochs": (36.0, 12.0), "window": 20},
+    "fashion_mnist": {
+        "model": "mu/4",
+        "side": 28,
+        "batch": 128,
+        "epochs": (4.0, 1.0),
+        "window": 40,
+    },
 }
+"""epochs: of pretraining, and of uptraining and fine-tuning each."""
 
 
 def get_config(arg=""):
     """The study of one of `PLANS`."""
     arg = parse_arg(arg, dataset="digits")
-    plan = PLANS.get(arg.dataset, PLANS["digits"])
+    if arg.dataset not in PLANS:
+        raise unknown("data set", arg.dataset, PLANS)
+    plan = PLANS[arg.dataset]
     config = study_config()
-    stages = (config.pretrain, config.uptrain, config.finetune)
-    for stage, epochs in zip(stages, plan["epochs"], strict=True):
-        stage.model.name = "mu/2" if arg.dataset == "digits" else "mu/4"
-        stage.model.image_size = 8 if arg.dataset == "digits" else 28
+    for stage in (config.pretrain, config.uptrain, config.finetune):
+        stage.model.name = plan["model"]
+        stage.model.image_size = plan["side"]
         stage.model.window = plan["window"]
-        stage.model.scan_layers = True  # compiles faster
+        stage.model.dropout = 0.1
         stage.data.name = arg.dataset
-        stage.batch_size = 64
-        stage.epochs = epochs
-        stage.eval_every_epochs = 0.0
+        stage.batch_size = plan["batch"]
+        stage.epochs = plan["epochs"][1]
+        stage.eval_every_epochs = 0.0  # at the end only
         stage.log_every = 5
         stage.checkpoint_every = 100
-        stage.optim.learning_rate = 1e-3
+        stage.optim.learning_rate = 2e-3
         stage.optim.schedule = "cosine"
         stage.optim.warmup_steps = 20
-    config.pretrain.optim.weight_decay = 0.05
+    config.pretrain.epochs = plan["epochs"][0]
     config.finetune.data.shift = "negative_quarter_turn"
     return config

@@ -68,7 +68,7 @@ def save_model(
     """
     with workdir.written_whole(pathlib.Path(path).absolute()) as folder:
         workdir.write_json(folder / "model.json", description)
-        ocp.save(folder / "weights", variables)
+        ocp.save(folder / "weights", {name: tree for name, tree in variables.items() if tree})
 
 
 def load_model(
