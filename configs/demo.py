@@ -1,8 +1,8 @@
 """The paper's protocol in small: `kdgqa demo --workdir DIR`.
 
-Pretrain a multi-head ViT of size `mu` on small real images, then convert, uptrain and fine-tune every
-variant. Uptraining goes on with the pretraining data, as in the paper; fine-tuning adapts to a
-shifted version of it: every image turned by 90 degrees and made a negative.
+Pretrain a multi-head ViT of size `mu` on small real images, then convert, uptrain and fine-tune
+every variant. Uptraining goes on with the pretraining data, as in the paper; fine-tuning adapts to
+a shifted version of it: every image turned by 90 degrees and made a negative.
 
 Argument string: `demo:dataset=digits` (default) or `demo:dataset=fashion_mnist`.
 """
@@ -11,7 +11,7 @@ from kdgqa_jax.config import parse_arg, study_config
 from kdgqa_jax.errors import unknown
 
 PLANS = {
-    "digits": {"model": "mu/2", "side": 8, "batch": 64, "epochs": (36.0, 12.0), "window": 20},
+    "digits": {"model": "mu/2", "side": 8, "batch": 64, "epochs": (28.0, 9.0), "window": 20},
     "fashion_mnist": {
         "model": "mu/4",
         "side": 28,
@@ -34,7 +34,7 @@ def get_config(arg=""):
         stage.model.name = plan["model"]
         stage.model.image_size = plan["side"]
         stage.model.window = plan["window"]
-        stage.model.dropout = 0.1
+        stage.model.drop_path = 0.1
         stage.data.name = arg.dataset
         stage.batch_size = plan["batch"]
         stage.epochs = plan["epochs"][1]

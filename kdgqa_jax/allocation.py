@@ -147,7 +147,9 @@ def _quotas(weights: Array, num_heads: int) -> tuple[Array, Array]:
     non_negative = jnp.all(weights >= 0, axis=-1, keepdims=True)  # also False for a NaN
     usable = jnp.isfinite(total) & (total > 0) & non_negative
     quotas = jnp.where(usable, weights / jnp.where(usable, total, 1.0) * num_heads, 0.0)
-    return quotas, usable
+    # A compiler may compute a value again for each of its uses, with another rounding. Shares are
+    # made once: floors, fractions and sums of one allocation must come from the same numbers.
+    return jax.lax.optimization_barrier((quotas, usable))
 
 
 def kdgqa_allocation(norms: Array, num_heads: int, min_heads_per_group: int = 0) -> Array:
@@ -172,7 +174,8 @@ def kdgqa_allocation(norms: Array, num_heads: int, min_heads_per_group: int = 0)
     norms = norms.astype(jnp.float32)
     low, high = (f(norms, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
     spread = high - low
-    scores = (norms - low) / jnp.where(spread > 0, spread, 1.0)  # NaN stays NaN: not usable below
+    # Not below zero: under jit the minimum and the norms may be rounded differently (see _quotas).
+    scores = jnp.maximum(norms - low, 0.0) / jnp.where(spread > 0, spread, 1.0)
     quotas, usable = _quotas(scores, num_heads)
     usable &= jnp.isfinite(spread)
     rounded = jnp.round(quotas).astype(jnp.int32)

@@ -11,8 +11,7 @@ import pathlib
 import pkgutil
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_dict, config_flags
+from ml_collections import ConfigDict, config_dict
 
 from kdgqa_jax import vit
 from kdgqa_jax.attention import GroupedQueryAttention
@@ -132,38 +131,45 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
     return ConfigDict(values)
 
 
-def _leaf_names(config: ConfigDict, prefix: str = "") -> list[str]:
-    names = []
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            names += _leaf_names(value, f"{prefix}{key}.")
+def _fields(config: ConfigDict, prefix: str = "") -> dict[str, type]:
+    """Type by dotted name of every field that is not a section."""
+    fields: dict[str, type] = {}
+    for key in config:
+        if isinstance(config[key], ConfigDict):
+            fields |= _fields(config[key], f"{prefix}{key}.")
         else:
-            names.append(prefix + key)
-    return names
+            fields[prefix + key] = config.get_type(key)
+    return fields
+
+
+def _parse(field: str, text: str, kind: type) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return tuple(text.split(",")) if kind is tuple else kind(text)
+    except (ValueError, KeyError):
+        expected = "true or false" if kind is bool else f"of type {kind.__name__}"
+        raise UserError(f"config field {field}={text!r} must be {expected}") from None
 
 
 def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
-    """Apply `--config.FIELD=VALUE` arguments; values are parsed by the type of the field."""
-    if not arguments:
-        return config
-    names = _leaf_names(config)
+    """Apply `--config.FIELD=VALUE` arguments; values are parsed by the type of the field.
+
+    Raises UserError: another kind of argument, an unknown field, a value of another type.
+    """
+    config, fields = config.copy_and_resolve_references(), _fields(config)
     for argument in arguments:
-        field = argument.removeprefix("--config.").partition("=")[0]
         if not argument.startswith("--config."):
             raise UserError(
                 f"unknown argument {argument!r}; config fields are --config.FIELD=VALUE"
             )
-        if "=" not in argument:
+        field, equals, text = argument.removeprefix("--config.").partition("=")
+        if not equals:
             raise UserError(f"{argument!r} must have the form --config.{field}=VALUE")
-        if field not in names:
-            raise unknown("config field", field, names)
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values)
-    try:
-        values(["kdgqa", *arguments])
-    except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(f"{' '.join(arguments)}: {error}") from None
-    return values.config
+        if field not in fields:
+            raise unknown("config field", field, fields)
+        config.update_from_flattened_dict({field: _parse(field, text, fields[field])})
+    return config
 
 
 def check_fields(config: ConfigDict, schema: ConfigDict, prefix: str = "") -> None:

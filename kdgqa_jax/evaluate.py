@@ -15,14 +15,6 @@ from kdgqa_jax.data import augment, pipeline
 Array = jax.Array
 
 
-def grouping_of(collections: dict[str, Any]) -> dict[str, Array]:
-    """The sown `grouping` collection by layer: key_norm and allocation (L, K), group_index (L, N).
-
-    With `allocation_scope="example"` a batch axis follows the layer axis.
-    """
-    return vit.stack_layers(collections["grouping"])["blocks"]["attn"]
-
-
 def correct_in_top(logits: Array, labels: Array, k: int) -> Array:
     """(B,) bool: fewer than k classes have a larger logit than the label, ties by index."""
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
@@ -57,7 +49,7 @@ def make_eval_step(model: vit.VisionTransformer, mean: float, std: float) -> Cal
             "count": jnp.ones_like(loss),
         }
         sums = {name: jnp.sum(jnp.where(mask, x, 0.0)) for name, x in per_image.items()}
-        return {**sums, "allocation": grouping_of(collections)["allocation"]}
+        return {**sums, "allocation": vit.grouping_of(collections)["allocation"]}
 
     return eval_step
 

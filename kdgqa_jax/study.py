@@ -173,8 +173,10 @@ def _convert(study: Config, config: Config, place: pathlib.Path) -> dict[str, An
     model = train.build_model(config, len(description["class_names"]))
     kv_heads = model.attention["num_kv_heads"]
     params = convert.to_grouped(variables["params"], kv_heads, study.pooling, config.seed)
-    fresh = vit.init_variables(model, jax.random.key(config.seed), description["channels"])
-    variables = {"params": params, "norm_stats": fresh.get("norm_stats", {})}
+    variables = {
+        "params": params,
+        "norm_stats": vit.init_norm_stats(model, description["channels"]),
+    }
     description["model"] = {**config.model.to_dict(), "num_classes": model.num_classes}
     description["converted"] = {"from": config.init, "pooling": study.pooling}
     checkpoint.save_model(place / "model", variables, description)

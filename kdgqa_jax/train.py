@@ -25,7 +25,7 @@ from kdgqa_jax.attention import remember_key_gradients
 from kdgqa_jax.console import ProgressBar, say
 from kdgqa_jax.data import augment, pipeline, sources
 from kdgqa_jax.errors import UserError
-from kdgqa_jax.evaluate import evaluate, grouping_of, make_eval_step
+from kdgqa_jax.evaluate import evaluate, make_eval_step
 
 Array = jax.Array
 
@@ -96,11 +96,11 @@ def make_train_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (logits, collections)), grads = grad_fn(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        grouping = grouping_of(collections)
+        grouping = vit.grouping_of(collections)
         metrics = {
             "loss": loss,
             "top1": 100 * jnp.mean(jnp.argmax(logits, axis=-1) == labels),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "key_norm": grouping["key_norm"],
             "allocation": grouping["allocation"],
         }
@@ -194,7 +194,8 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Train by `config`, evaluate, and leave a model directory in `workdir/model`.
 
-    A run that was stopped goes on from its newest checkpoint and ends with the same figures.
+    A run that was stopped goes on from its newest checkpoint and ends with the same figures; one
+    that has ended is not run again.
 
     Args:
       config: the fields of `config.train_config()`.
@@ -231,6 +232,8 @@ def train_and_evaluate(
     schedule = optim.make_schedule(config.optim, num_steps)
     channels = dataset.image_shape[-1]
     workdir = workdir_lib.claim(workdir, config.to_dict())
+    if (workdir / "result.json").exists():  # finished before
+        return workdir_lib.read_json(workdir / "result.json")
 
     # --- State: fresh, from another model, or resumed -------------------------------------------
     init_rng, step_rng = jax.random.split(jax.random.key(config.seed))

@@ -340,6 +340,14 @@ def init_variables(model: VisionTransformer, rng: Array, channels: int = 3) -> d
     return jax.jit(lambda rng: model.init(rng, jnp.zeros(images.shape, images.dtype)))(rng)
 
 
+def init_norm_stats(model: VisionTransformer, channels: int = 3) -> dict[str, Any]:
+    """The collection `norm_stats` as it starts: no norms, equal allocations; {} without memory."""
+    # Parameters are not returned, so none is computed.
+    return jax.jit(
+        lambda: init_variables(model, jax.random.key(0), channels).get("norm_stats", {})
+    )()
+
+
 # --- layouts of the layers ----------------------------------------------------------------------
 
 
@@ -366,3 +374,11 @@ def unstack_layers(tree: dict[str, Any]) -> dict[str, Any]:
         f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], tree["blocks"]) for i in range(depth)
     }
     return {**rest, **layers}
+
+
+def grouping_of(collections: dict[str, Any]) -> dict[str, Array]:
+    """The sown `grouping` collection by layer: key_norm and allocation (L, K), group_index (L, N).
+
+    With allocation_scope="example" a batch axis follows the layer axis.
+    """
+    return stack_layers(collections["grouping"])["blocks"]["attn"]

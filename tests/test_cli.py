@@ -1,0 +1,110 @@
+"""The command line: help on one screen, and one clear sentence for every mistake."""
+
+import pytest
+
+from kdgqa_jax import cli, config, study
+from kdgqa_jax.errors import UserError
+
+
+@pytest.mark.parametrize("arguments", [[], ["demo"], ["study"], ["train"]])
+def test_help_fits_one_screen(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*arguments, "--help"])
+    assert stop.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) <= 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--variants", "gqa,dgqa"], "unknown attention variant 'dgqa': did you mean 'kdgqa'?"),
+        (["--dataset", "digit"], "unknown data set 'digit': did you mean 'digits'?"),
+        (["--config.pretrain.model.name=mv/2"], "unknown model 'mv/2'"),
+        (["--config.pretrain.epoch=2"], "unknown config field 'pretrain.epoch': did you mean"),
+        (["--config.pretrain.epochs=two"], "pretrain.epochs"),
+        (["--config.pretrain.epochs"], "must have the form --config.pretrain.epochs=VALUE"),
+        (["--cofnig.seed=2"], "unknown argument '--cofnig.seed=2'"),
+        (["--config.num_kv_heads=3"], "num_kv_heads=3 does not divide the 8 query heads"),
+        (["--dataset", "fashion_mnist"], "needs a data directory"),
+        (["--dataset", "fashion_mnist", "--data-dir", "{tmp}"], "train-images-idx3-ubyte.gz"),
+        (["--seeds", "0"], "seeds=0"),
+        (["--workdir", "{tmp}/file/run"], "cannot be written"),
+        (["--workdir", "{tmp}/other"], "holds a run of another config (seed: 7 there, 42 here)"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_a_status(capsys, tmp_path, arguments, says):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    settings = config.load_config("demo:dataset=digits")
+    settings.seed = 7
+    study.workdir_lib.claim(tmp_path / "other", settings.to_dict())
+
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    assert cli.main(["demo", "--workdir", str(tmp_path / "run"), *arguments]) == 1
+    shown = capsys.readouterr()
+    assert says in shown.err
+    assert shown.err.startswith("kdgqa demo: ") and shown.err.count("\n") == 1
+    assert "Traceback" not in shown.err + shown.out
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("dem", "unknown config 'dem': did you mean 'demo'?"),
+        ("demo:datset=digits", "unknown config argument 'datset': did you mean 'dataset'?"),
+        ("demo:dataset", "must have the form dataset=VALUE"),
+        ("nowhere.py", "config file nowhere.py not found"),
+    ],
+)
+def test_unknown_configs_are_refused(capsys, tmp_path, name, says):
+    assert cli.main(["study", "--config", name, "--workdir", str(tmp_path)]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_unexpected_errors_name_themselves_and_debug_shows_them(capsys, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of cheese")
+
+    monkeypatch.setattr(study, "run_study", broken)
+    arguments = ["demo", "--workdir", str(tmp_path)]
+    assert cli.main(arguments) == 1
+    assert "RuntimeError: out of cheese (--debug" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):
+        cli.main([*arguments, "--debug"])
+
+
+def test_interrupt_says_that_the_run_can_go_on(capsys, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "run_study", interrupted)
+    assert cli.main(["demo", "--workdir", str(tmp_path)]) == 130
+    assert "goes on from here" in capsys.readouterr().err
+
+
+def test_config_file_of_the_user(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from kdgqa_jax.config import train_config\n"
+        "def get_config(arg):\n"
+        "    config = train_config()\n"
+        "    config.seed = int(arg)\n"
+        "    return config\n"
+    )
+    loaded = config.override(config.load_config(f"{path}:5"), ["--config.optim.learning_rate=3e-4"])
+    assert (loaded.seed, loaded.optim.learning_rate) == (5, 3e-4)
+
+
+@pytest.mark.parametrize("name", config.config_names())
+def test_every_config_declares_its_fields(name):
+    loaded = config.load_config(name)
+    schema = config.study_config() if "variants" in loaded else config.train_config()
+    config.check_fields(loaded, schema)
+
+
+def test_fields_of_another_type_are_refused():
+    settings = config.train_config()
+    with settings.ignore_type():
+        settings.batch_size = "many"
+    with pytest.raises(UserError, match="config field batch_size='many' must be a int"):
+        config.check_fields(settings, config.train_config())

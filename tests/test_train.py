@@ -1,0 +1,265 @@
+"""The training loop: it learns, compiles once, and goes on exactly where it was stopped."""
+
+import csv
+import itertools
+import json
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+from ml_collections import FrozenConfigDict
+
+from kdgqa_jax import checkpoint, config, evaluate, optim, train
+from kdgqa_jax.errors import UserError
+
+
+def tiny_config(attention="mha", **changes):
+    """Digits on a mu/4 (five tokens): a second of training."""
+    settings = config.train_config()
+    settings.model.name = "mu/4"
+    settings.model.image_size = 8
+    settings.model.attention = attention
+    settings.model.window = 3
+    settings.model.scan_layers = True
+    settings.optim.learning_rate = 2e-3
+    settings.batch_size = 32
+    settings.epochs = 12 * 32 / 1437
+    settings.eval_every_epochs = 0.0
+    settings.checkpoint_every = 5
+    settings.log_every = 1
+    settings.update_from_flattened_dict(changes)
+    return settings
+
+
+def final_state(workdir):
+    """Every array of the newest checkpoint of a run."""
+    from orbax.checkpoint import v1 as ocp
+
+    step = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    with pytest.warns(UserWarning, match="Sharding info not provided"):
+        return ocp.load(workdir / "checkpoints" / str(step))
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+FIGURES = ("top1", "top5", "loss", "allocation", "steps", "best_top1")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """(workdir, result) of an uninterrupted dgqa_diff run."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, train.train_and_evaluate(tiny_config("dgqa_diff"), workdir)
+
+
+def test_run_leaves_what_it_promises(whole_run):
+    workdir, result = whole_run
+    assert result["steps"] == 12
+    records = train.read_metrics(workdir)
+    steps = [record["step"] for record in records if record["split"] == "train"]
+    assert steps == list(range(1, 13))
+    assert records[-1]["split"] == "test" and records[-1]["top1"] == result["top1"]
+    rows = list(csv.DictReader((workdir / "metrics.csv").read_text().splitlines()))
+    assert len(rows) == len(records)
+    assert float(rows[3]["loss"]) == records[3]["loss"]
+    assert json.loads((workdir / "result.json").read_text())["loss"] == result["loss"]
+    assert records[0]["loss"] == pytest.approx(math.log(10), abs=1e-4)  # the head starts at zero
+    model, variables, description = checkpoint.load_model(workdir / "model")
+    assert model.attention["attention"] == "dgqa_diff"
+    assert description["class_names"] == [str(i) for i in range(10)]
+    assert set(variables) == {"params", "norm_stats"}
+
+
+def test_one_compilation_while_allocations_change(whole_run):
+    workdir, result = whole_run
+    allocations = {
+        json.dumps(r["allocation"]) for r in train.read_metrics(workdir) if r["split"] == "train"
+    }
+    assert len(allocations) >= 3
+    assert result["train_step_compilations"] == 1
+
+
+def test_allocation_changes_in_steps_of_the_window_only(whole_run):
+    workdir, _ = whole_run
+    records = [r for r in train.read_metrics(workdir) if r["split"] == "train"]
+    changed_at = [
+        after["step"] - 1  # the step that the update did, counted from zero
+        for before, after in itertools.pairwise(records)
+        if before["allocation"] != after["allocation"]
+    ]
+    assert changed_at and all(step % 3 == 0 for step in changed_at)
+
+
+@pytest.mark.parametrize("stop_at", [3, 8])
+def test_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, monkeypatch, stop_at):
+    """Stopped before and after the first checkpoint (step 5)."""
+    workdir, result = whole_run
+    write = train.MetricsWriter.write
+
+    def stop(self, **record):
+        write(self, **record)
+        if record["step"] == stop_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.MetricsWriter, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_and_evaluate(tiny_config("dgqa_diff"), tmp_path)
+    monkeypatch.undo()
+    resumed = train.train_and_evaluate(tiny_config("dgqa_diff"), tmp_path)
+    assert {k: resumed[k] for k in FIGURES} == {k: result[k] for k in FIGURES}
+    assert_same(final_state(tmp_path), final_state(workdir))
+
+    def figures(folder):
+        return [
+            {k: v for k, v in record.items() if k != "images_per_second"}
+            for record in train.read_metrics(folder)
+        ]
+
+    assert figures(tmp_path) == figures(workdir)
+
+
+def test_finished_run_is_left_as_it_is(whole_run):
+    workdir, result = whole_run
+    again = train.train_and_evaluate(tiny_config("dgqa_diff"), workdir)
+    assert {k: again[k] for k in FIGURES} == {k: result[k] for k in FIGURES}
+    assert len(train.read_metrics(workdir)) == 13
+
+
+def test_seed_decides_the_run(whole_run, tmp_path):
+    _, result = whole_run
+    other = train.train_and_evaluate(tiny_config("dgqa_diff", seed=1), tmp_path)
+    assert other["loss"] != result["loss"]
+
+
+def test_mha_learns_digits(tmp_path):
+    settings = tiny_config(epochs=8.0, log_every=50)
+    settings.model.name = "mu/2"
+    result = train.train_and_evaluate(settings, tmp_path)
+    assert result["top1"] > 80
+
+
+def test_start_from_another_model(whole_run, tmp_path):
+    """`init` takes over params and norm_stats; the optimizer and the step start anew."""
+    workdir, result = whole_run
+    settings = tiny_config("dgqa_diff", init=str(workdir / "model"), epochs=32 / 1437)
+    settings.optim.learning_rate = 1e-12
+    started = train.train_and_evaluate(settings, tmp_path)
+    assert started["steps"] == 1
+    assert started["loss"] == pytest.approx(result["loss"], abs=0.1)
+    assert started["loss"] < 2.25  # less than chance, ln(10)
+
+
+def test_start_from_a_model_that_does_not_fit_is_refused(whole_run, tmp_path):
+    workdir, _ = whole_run
+    settings = tiny_config("gqa", init=str(workdir / "model"))
+    settings.model.num_kv_heads = 2
+    with pytest.raises(UserError, match=r"does not fit config.model: norm_stats/blocks/attn/alloc"):
+        train.train_and_evaluate(settings, tmp_path)
+
+
+def test_workdir_of_another_config_is_refused_and_kept(whole_run):
+    workdir, _ = whole_run
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(UserError, match=r"another config \(model.beta: 0.9 there, 0.5 here\)"):
+        train.train_and_evaluate(tiny_config("dgqa_diff", **{"model.beta": 0.5}), workdir)
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_unwritable_workdir_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        train.train_and_evaluate(tiny_config(), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model.attention": "kdgq"}, "unknown attention variant 'kdgq': did you mean 'kdgqa'"),
+        ({"model.name": "XL/16"}, "unknown model 'XL/16'"),
+        ({"model.num_kv_heads": 3, "model.attention": "gqa"}, "does not divide the 8 query heads"),
+        ({"data.name": "mnist_fashion"}, "did you mean 'fashion_mnist'"),
+        ({"optim.schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"optim.learning_rate": 0.0}, "must be positive"),
+        ({"batch_size": 0}, "batch_size=0 must be a positive multiple"),
+        ({"log_every": 0}, "log_every=0 must be positive"),
+        ({"init": "/nowhere/model"}, "is not a model directory"),
+    ],
+)
+def test_bad_configs_are_refused_before_anything_is_written(tmp_path, changes, says):
+    with pytest.raises(UserError, match=says):
+        train.train_and_evaluate(tiny_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_unknown_config_field_is_refused(tmp_path):
+    settings = tiny_config()
+    settings.optim.learning_rat = 1.0
+    with pytest.raises(
+        UserError, match=r"'optim.learning_rat': did you mean 'optim.learning_rate'"
+    ):
+        train.train_and_evaluate(settings, tmp_path)
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def test_adamw_decays_every_parameter_as_published():
+    """One step against the formula of decoupled weight decay."""
+    settings = FrozenConfigDict({**config.train_config().optim.to_dict(), "learning_rate": 0.1})
+    optimizer = optim.make_optimizer(settings, 10)
+    params = {"bias": np.array([1.0, -2.0], np.float32)}
+    grads = {"bias": np.array([0.5, 0.0], np.float32)}
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    new = optax.apply_updates(params, updates)["bias"]
+    moved = 0.5 / (0.5 + 1e-8)  # bias-corrected first step: the sign of the gradient
+    np.testing.assert_allclose(new, [1 - 0.1 * (moved + 0.01), -2 + 0.1 * 0.02], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "expected"),
+    [
+        ("constant", 0, {0: 1.0, 99: 1.0}),
+        ("constant", 10, {0: 0.0, 5: 0.5, 10: 1.0, 99: 1.0}),
+        ("cosine", 0, {0: 1.0, 50: 0.5, 100: 0.0}),
+        ("cosine", 20, {0: 0.0, 10: 0.5, 20: 1.0, 60: 0.5, 100: 0.0}),
+    ],
+)
+def test_schedules(name, warmup, expected):
+    settings = FrozenConfigDict({"schedule": name, "warmup_steps": warmup, "learning_rate": 1.0})
+    schedule = optim.make_schedule(settings, 100)
+    for step, value in expected.items():
+        assert float(schedule(step)) == pytest.approx(value, abs=1e-6)
+
+
+def test_top_k_counts_like_a_sort():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(200, 7)).astype(np.float32)
+    labels = rng.integers(0, 7, 200)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    for k in (1, 3, 5):
+        expected = [label in row[:k] for label, row in zip(labels, order, strict=True)]
+        assert evaluate.correct_in_top(logits, labels, k).tolist() == expected
+    ties = evaluate.correct_in_top(np.zeros((3, 7), np.float32), np.array([0, 4, 5]), 5)
+    assert ties.tolist() == [True, True, False]
+
+
+def test_most_frequent_allocation_is_one_that_occurred():
+    allocations = np.array([[[2, 0], [1, 1]], [[0, 2], [1, 1]], [[0, 2], [2, 0]]])
+    assert evaluate.most_frequent(allocations) == [[0, 2], [1, 1]]
+
+
+def test_cut_off_last_metrics_line_is_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert train.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    train.MetricsWriter(tmp_path, step=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_model_directory_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(TypeError):
+        checkpoint.save_model(tmp_path / "model", {"params": {}}, {"not JSON": object()})
+    assert list(tmp_path.iterdir()) == []
