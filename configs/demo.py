@@ -35,6 +35,7 @@ def get_config(arg=""):
         stage.model.image_size = plan["side"]
         stage.model.window = plan["window"]
         stage.model.drop_path = 0.1
+        stage.model.scan_layers = True  # compiles faster
         stage.data.name = arg.dataset
         stage.batch_size = plan["batch"]
         stage.epochs = plan["epochs"][1]

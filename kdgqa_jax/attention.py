@@ -114,6 +114,9 @@ class GroupedQueryAttention(nn.Module):
       window: DGQA: the allocation is recomputed in training steps with step % window == 0.
       noise_target: PGQA: "maps" (the paper) or "output" (as released).
       noise_distribution: PGQA: "normal" or "uniform" (as released).
+      noise_statistics: PGQA: what the noise matches of the row that it perturbs: "std" (its mean is
+        zero, so evaluation without noise sees what training saw on average) or "mean_std" (as
+        released, where evaluation is perturbed too).
       noise_scale: PGQA: factor on the noise.
       noise_at_eval: PGQA: perturb in evaluation too. The released code does; the default here is
         False, so that evaluation is deterministic.
@@ -137,6 +140,7 @@ class GroupedQueryAttention(nn.Module):
     window: int = 300
     noise_target: str = "maps"
     noise_distribution: str = "normal"
+    noise_statistics: str = "std"
     noise_scale: float = 1.0
     noise_at_eval: bool = False
     dropout: float = 0.0
@@ -160,6 +164,7 @@ class GroupedQueryAttention(nn.Module):
             "allocation_scope": ("batch", "example"),
             "noise_target": noise.TARGETS,
             "noise_distribution": noise.DRAWS,
+            "noise_statistics": noise.STATISTICS,
             "implementation": (None, *IMPLEMENTATIONS),
         }
         for name, known in choices.items():
@@ -222,7 +227,7 @@ class GroupedQueryAttention(nn.Module):
         noise_rng = None
         if self.variant.noise and (train or self.noise_at_eval):
             noise_rng = self.make_rng("noise")
-        noise_options = (self.noise_scale, self.noise_distribution)
+        noise_options = (self.noise_scale, self.noise_distribution, self.noise_statistics)
         out, maps = grouped_attention(
             query,
             key,

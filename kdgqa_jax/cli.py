@@ -38,12 +38,23 @@ def _train(arguments: argparse.Namespace) -> None:
     )
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    from kdgqa_jax import bench, config
+
+    settings = bench.bench_config(
+        arguments.model, arguments.num_kv_heads, arguments.batch_size, arguments.dtype
+    )
+    settings = config.override(settings, arguments.overrides)
+    bench.bench_train(settings, arguments.variants.split(","), arguments.steps)
+
+
 _OVERRIDES = "any other field of the config: --config.FIELD=VALUE"
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     from kdgqa_jax.attention import VARIANTS
 
+    _add_workdir(parser)
     parser.add_argument("--dataset", default="digits", help="digits or fashion_mnist")
     parser.add_argument("--data-dir", default="", help="where the files of fashion_mnist lie")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
@@ -53,7 +64,22 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_workdir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, help="directory of the run")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["train"], help="what is measured")
+    parser.add_argument("--model", default="B/16", help="SIZE/PATCH")
+    parser.add_argument("--variants", default="gqa,kdgqa,dgqa_ema", help="the first one is the 1")
+    parser.add_argument("--num-kv-heads", type=int, help="key/value heads; none: half")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step")
+    parser.add_argument("--dtype", default="bfloat16", help="of the computation")
+    parser.add_argument("--steps", type=int, default=5, help="steps timed; 0: compile only")
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
+    _add_workdir(parser)
     parser.add_argument("--config", required=True, help="NAME[:key=value,...] or a .py file")
 
 
@@ -61,6 +87,7 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "demo": ("the whole protocol on small real images, minutes on a laptop", _add_demo, _demo),
     "study": ("the protocol of a config: variants x seeds, a table, plots", _add_config, _study),
     "train": ("one training run of a config", _add_config, _train),
+    "bench": ("memory and rate of the variants on this device", _add_bench, _bench),
 }
 """Command: (what it does, adds its flags, runs it)."""
 
@@ -81,7 +108,6 @@ def _parser() -> argparse.ArgumentParser:
             epilog=_OVERRIDES,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        command.add_argument("--workdir", required=True, help="directory of the run")
         add_flags(command)
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         command.set_defaults(run=run)

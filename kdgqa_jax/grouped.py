@@ -41,12 +41,11 @@ def expand_heads(x: Array, group_index: Array, implementation: str | None = None
     """Key/value heads for every query head: BSKH and (N,) or (B, N) int -> BSNH.
 
     `implementation` is a name in `IMPLEMENTATIONS`: a gather by the group index, or a contraction
-    with the assignment mask. Both give the same numbers. None takes the gather on CPU, where it
-    was measured to be the faster one, and the contraction elsewhere: it feeds a TPU's matrix unit,
-    and its gradient has a fixed order of summation on GPUs, where that of the gather has not.
+    with the assignment mask. Both give the same numbers. None takes the contraction: it feeds a
+    TPU's matrix unit, its gradient has a fixed order of summation on GPUs (that of the gather has
+    not), and on CPUs it was measured to need less memory at about the same speed (docs/method.md).
     """
-    if implementation is None:
-        implementation = "gather" if jax.default_backend() == "cpu" else "one_hot"
+    implementation = implementation or "one_hot"
     if implementation not in IMPLEMENTATIONS:
         raise unknown("attention implementation", implementation, IMPLEMENTATIONS)
     return IMPLEMENTATIONS[implementation](x, group_index)

@@ -13,10 +13,13 @@ Array = jax.Array
 
 DRAWS = {"normal": jax.random.normal, "uniform": jax.random.uniform}
 TARGETS = ("maps", "output")
+STATISTICS = ("std", "mean_std")
 
 
-def matched_noise(rng: Array, target: Array, distribution: str = "normal") -> Array:
-    """Noise with the mean and the standard deviation of each row (last axis) of `target`.
+def matched_noise(
+    rng: Array, target: Array, distribution: str = "normal", statistics: str = "std"
+) -> Array:
+    """Noise with the standard deviation, or mean too, of each row (last axis) of `target`.
 
     One draw is shared by the whole batch (axis 0), so that an image's noise does not depend on its
     place in the batch; the draw is standardised per row before it takes on the row's statistics.
@@ -26,29 +29,40 @@ def matched_noise(rng: Array, target: Array, distribution: str = "normal") -> Ar
       rng: key.
       target: float array, batch axis first.
       distribution: "normal" or "uniform".
+      statistics: what of the row the noise matches: "std" (mean zero) or "mean_std".
 
     Returns:
       float32, the shape of `target`.
+
+    Raises:
+      UserError: an unknown distribution or statistics.
     """
     if distribution not in DRAWS:
         raise unknown("noise_distribution", distribution, DRAWS)
+    if statistics not in STATISTICS:
+        raise unknown("noise_statistics", statistics, STATISTICS)
     draw = DRAWS[distribution](rng, target.shape[1:], jnp.float32)
     draw = jax.nn.standardize(draw, axis=-1)
     target = jax.lax.stop_gradient(target).astype(jnp.float32)
-    mean, std = (f(target, axis=-1, keepdims=True) for f in (jnp.mean, jnp.std))
-    return mean + std * draw
+    noise = jnp.std(target, axis=-1, keepdims=True) * draw
+    if statistics == "mean_std":
+        noise += jnp.mean(target, axis=-1, keepdims=True)
+    return noise
 
 
-def perturb_maps(rng: Array, maps: Array, scale: float, distribution: str) -> Array:
-    """Subtract matched noise with zero diagonal from attention maps BNTS (the paper's PGQA)."""
+def perturb_maps(rng: Array, maps: Array, scale: float, *matching: str) -> Array:
+    """Subtract matched noise with zero diagonal from attention maps BNTS (the paper's PGQA).
+
+    `matching`: distribution and statistics, as `matched_noise` takes them.
+    """
     off_diagonal = ~jnp.eye(*maps.shape[-2:], dtype=bool)
-    return maps - scale * matched_noise(rng, maps, distribution) * off_diagonal
+    return maps - scale * matched_noise(rng, maps, *matching) * off_diagonal
 
 
-def perturb_output(rng: Array, out: Array, scale: float, distribution: str) -> Array:
+def perturb_output(rng: Array, out: Array, scale: float, *matching: str) -> Array:
     """Subtract matched noise from an attention output BTNH, as the released code does.
 
     The first entry (h = 0) of every row stays as it is.
     """
-    noise = matched_noise(rng, out, distribution).at[..., 0].set(0.0)
+    noise = matched_noise(rng, out, *matching).at[..., 0].set(0.0)
     return out - (scale * noise).astype(out.dtype)

@@ -1,4 +1,4 @@
-"""The report of a study: results.json, a table, and two plots."""
+"""The report of a study: results.json, a table, and plots."""
 
 import json
 import pathlib
@@ -12,8 +12,8 @@ from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.attention import VARIANTS, variant_name
 
 Record = dict[str, Any]
-History = dict[str, list[tuple[int, list[list[int]]]]]
-"""By stage of training: (step, allocation L x K) as logged."""
+History = dict[str, list[Record]]
+"""By stage of training: the logged records, with step, allocation (L x K) and key_norm (L x K)."""
 
 TRAINED = ("uptrained", "finetuned")
 AFTER_CONVERSION = ("converted", *TRAINED)
@@ -21,7 +21,7 @@ _COLORS = {"converted": "#b0b7c3", "uptrained": "#4c8dc9", "finetuned": "#e07b39
 
 
 def write(records: list[Record], histories: dict[str, History], folder: pathlib.Path) -> None:
-    """Write the four files into `folder` and print the table."""
+    """Write the files into `folder` and print the table."""
     folder.mkdir(parents=True, exist_ok=True)
     workdir_lib.write_json(folder / "results.json", records)
     header, rows = _table(records)
@@ -30,13 +30,14 @@ def write(records: list[Record], histories: dict[str, History], folder: pathlib.
     _plot_accuracy(records, folder / "accuracy.png")
     dynamic = {name: h for name, h in histories.items() if VARIANTS[variant_name(name)].rule}
     if dynamic:
-        _plot_allocation(dynamic, records, folder / "allocation.png")
+        for field in _LAYER_PLOTS:
+            _plot_layers(dynamic, records, field, folder / f"{field}.png")
     table = Table(*header, title="top-1 on the test images, %")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = Console(width=max(Console().width, 100))  # the table does not fit into 80 columns
     console.print(table)
     console.print(note, highlight=False)
     console.print(f"report: {folder}", highlight=False, soft_wrap=True)
@@ -125,6 +126,8 @@ def _markdown(records: list[Record], header: list[str], rows: list[list[str]], n
         "",
         "![allocation over training](allocation.png)",
         "",
+        "![key head norms over training](key_norm.png)",
+        "",
         "Allocation after fine-tuning (first seed), one row of key/value heads per layer:",
         "",
     ]
@@ -168,11 +171,19 @@ def _plot_accuracy(records: list[Record], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def _plot_allocation(
-    histories: dict[str, History], records: list[Record], path: pathlib.Path
+_LAYER_PLOTS = {
+    "allocation": ("Query heads per key/value head", "query heads"),
+    "key_norm": ("Key head norms", "norm"),
+}
+"""What is plotted by layer over training: title and name of the axis."""
+
+
+def _plot_layers(
+    histories: dict[str, History], records: list[Record], field: str, path: pathlib.Path
 ) -> None:
-    """Query heads per key/value head, stacked, over uptraining and fine-tuning."""
+    """One row per variant, one column per layer, over uptraining and fine-tuning."""
     plt = _pyplot()
+    title, ylabel = _LAYER_PLOTS[field]
     num_heads = records[-1]["num_heads"]
     layers = len(records[-1]["allocation"])
     figure, grid = plt.subplots(
@@ -180,30 +191,33 @@ def _plot_allocation(
         layers,
         figsize=(2.6 * layers + 1.2, 2.2 * len(histories) + 0.8),
         sharex=True,
-        sharey=True,
+        sharey="row",
         squeeze=False,
         layout="constrained",
     )
     for row, (variant, history) in zip(grid, histories.items(), strict=True):
-        boundary = history["uptrained"][-1][0]
-        steps = [step for step, _ in history["uptrained"]]
-        steps += [boundary + step for step, _ in history["finetuned"]]
-        allocations = np.array([a for stage in TRAINED for _, a in history[stage]])
+        boundary = history["uptrained"][-1]["step"]
+        steps = [r["step"] for r in history["uptrained"]]
+        steps += [boundary + r["step"] for r in history["finetuned"]]
+        values = np.array([r[field] for stage in TRAINED for r in history[stage]])
         for layer, axes in enumerate(row):
-            heads = allocations[:, layer].T  # (K, steps)
+            heads = values[:, layer].T  # (K, steps)
             colors = plt.colormaps["viridis"](np.linspace(0.1, 0.95, len(heads)))
             labels = [f"KV head {k}" for k in range(len(heads))]
-            axes.stackplot(steps, heads, step="post", colors=colors, labels=labels)
-            axes.axvline(boundary, color="white", linewidth=1.5, linestyle="--")
-            axes.set(ylim=(0, num_heads), yticks=range(0, num_heads + 1, 2))
+            if field == "allocation":
+                axes.stackplot(steps, heads, step="post", colors=colors, labels=labels)
+                axes.set(ylim=(0, num_heads), yticks=range(0, num_heads + 1, 2))
+            else:
+                for values_of_head, color, label in zip(heads, colors, labels, strict=True):
+                    axes.plot(steps, values_of_head, color=color, label=label)
+            axes.axvline(boundary, color="gray", linewidth=1, linestyle="--")
             axes.margins(x=0)
-            if axes in grid[0]:
-                axes.set_title(f"layer {layer}")
-            if axes in grid[-1]:
-                axes.set_xlabel("training step")
-        row[0].set_ylabel(f"{variant}\nquery heads")
-    figure.suptitle("Query heads per key/value head (dashed: fine-tuning begins)")
+        row[0].set_ylabel(f"{variant}\n{ylabel}")
+    for layer, (top, bottom) in enumerate(zip(grid[0], grid[-1], strict=True)):
+        top.set_title(f"layer {layer}")
+        bottom.set_xlabel("training step")
+    figure.suptitle(f"{title} (dashed: fine-tuning begins)")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

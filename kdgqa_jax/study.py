@@ -7,7 +7,7 @@ training), uptrain it on the pretraining data, fine-tune it on the shifted data,
     WORKDIR/seed42/pretrained/            a training run (train.train_and_evaluate)
     WORKDIR/seed42/kdgqa/converted/       a model directory and record.json
     WORKDIR/seed42/kdgqa/uptrained/ finetuned/
-    WORKDIR/report/                       results.json, results.md, accuracy.png, allocation.png
+    WORKDIR/report/                       results.json, results.md and plots
 
 Every finished stage leaves record.json; a study that was stopped goes on from what is there.
 """
@@ -51,7 +51,7 @@ def run_study(config: Config, workdir: str | os.PathLike) -> list[Record]:
     records = []
     for seed in range(config.seed, config.seed + config.seeds):
         records += _run_seed(config, workdir, seed)
-    report.write(records, _allocation_histories(config, workdir), workdir / "report")
+    report.write(records, _histories(config, workdir), workdir / "report")
     return records
 
 
@@ -188,14 +188,14 @@ def _convert(study: Config, config: Config, place: pathlib.Path) -> dict[str, An
     return {**result, "steps": 0, "seconds": time.monotonic() - started}
 
 
-def _allocation_histories(config: Config, workdir: pathlib.Path) -> dict[str, report.History]:
-    """Per variant, of the first seed: the allocations that training has logged, by stage."""
+def _histories(config: Config, workdir: pathlib.Path) -> dict[str, report.History]:
+    """Per variant, of the first seed: what training has logged, by stage."""
     folder = workdir / f"seed{config.seed}"
     histories = {}
     for variant in config.variants:
         stages = {stage: train.read_metrics(folder / variant / stage) for stage in report.TRAINED}
         histories[variant] = {
-            stage: [(r["step"], r["allocation"]) for r in records if r["split"] == "train"]
+            stage: [r for r in records if r["split"] == "train"]
             for stage, records in stages.items()
         }
     return histories

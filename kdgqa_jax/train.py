@@ -51,6 +51,20 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> vit.Visi
     return vit.create(**config.model.to_dict(), num_classes=num_classes)
 
 
+def init_state(
+    variables: dict[str, Any], optim_config: ml_collections.FrozenConfigDict, rng: Array
+) -> TrainState:
+    """The state before the first step, from the variables of a model; `rng` is a key."""
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        norm_stats=variables.get("norm_stats", {}),
+        opt_state=optim.make_optimizer(optim_config, 1).init(params),
+        rng=jax.random.key_data(rng),
+    )
+
+
 @functools.lru_cache(maxsize=2)
 def make_train_step(
     model: vit.VisionTransformer,
@@ -96,7 +110,10 @@ def make_train_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (logits, collections)), grads = grad_fn(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        grouping = vit.grouping_of(collections)
+        grouping = {  # (L, K); in example scope (L, B, K), logged as the mean over the batch
+            name: x.mean(axis=1) if x.ndim == 3 else x
+            for name, x in vit.grouping_of(collections).items()
+        }
         metrics = {
             "loss": loss,
             "top1": 100 * jnp.mean(jnp.argmax(logits, axis=-1) == labels),
@@ -226,9 +243,9 @@ def train_and_evaluate(
     num_steps = max(round(config.epochs * steps_per_epoch), 1)
     eval_every = max(round(config.eval_every_epochs * steps_per_epoch), 1)
 
-    # --- Model and optimizer --------------------------------------------------------------------
+    # --- Model and schedule ---------------------------------------------------------------------
     model = build_model(config, len(dataset.class_names))
-    optimizer = optim.make_optimizer(config.optim, num_steps)
+    optim_config = ml_collections.FrozenConfigDict(config.optim)
     schedule = optim.make_schedule(config.optim, num_steps)
     channels = dataset.image_shape[-1]
     workdir = workdir_lib.claim(workdir, config.to_dict())
@@ -238,15 +255,8 @@ def train_and_evaluate(
     # --- State: fresh, from another model, or resumed -------------------------------------------
     init_rng, step_rng = jax.random.split(jax.random.key(config.seed))
 
-    def init_state(variables: dict[str, Any]) -> TrainState:
-        params = variables["params"]
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            norm_stats=variables.get("norm_stats", {}),
-            opt_state=optimizer.init(params),
-            rng=jax.random.key_data(step_rng),
-        )
+    def start(variables: dict[str, Any]) -> TrainState:
+        return init_state(variables, optim_config, step_rng)
 
     def fresh_variables() -> dict[str, Any]:
         return {"norm_stats": {}, **vit.init_variables(model, init_rng, channels)}
@@ -254,7 +264,7 @@ def train_and_evaluate(
     whole, seconds_before = sharding.replicated(mesh), 0.0
     checkpoints = checkpoint.StateCheckpoints(workdir / "checkpoints")
     if checkpoints.latest_step is not None:
-        shapes = jax.eval_shape(lambda: init_state(fresh_variables()))
+        shapes = jax.eval_shape(lambda: start(fresh_variables()))
         state, restored = checkpoints.restore(checkpoint.abstract(shapes, whole))
         batches.set_state(restored["data"])
         seconds_before = restored["seconds"]
@@ -262,12 +272,11 @@ def train_and_evaluate(
             say(f"{title}: going on from step {int(state.step)} of {num_steps}")
     elif config.init:
         variables = _starting_variables(config, jax.eval_shape(fresh_variables))
-        state = jax.jit(init_state, out_shardings=whole)(variables)
+        state = jax.jit(start, out_shardings=whole)(variables)
     else:
-        state = jax.jit(lambda: init_state(fresh_variables()), out_shardings=whole)()
+        state = jax.jit(lambda: start(fresh_variables()), out_shardings=whole)()
 
     # --- Loop -----------------------------------------------------------------------------------
-    optim_config = ml_collections.FrozenConfigDict(config.optim)
     train_step = make_train_step(model, optim_config, num_steps, data.mean, data.std, mesh)
     eval_step = make_eval_step(model, data.mean, data.std)
     first_step = int(state.step)

@@ -1,0 +1,273 @@
+"""What several test files share: tiny models, and independent references in plain numpy.
+
+The references follow the text of docs/method.md with loops over images and heads, in float64
+where they are compared within a tolerance. They share no code with the package.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdgqa_jax import vit
+from kdgqa_jax.attention import GroupedQueryAttention
+
+VARIANTS = ("mha", "gqa", "kdgqa", "dgqa_ema", "dgqa_diff", "pgqa")
+GROUPED = VARIANTS[1:]
+DGQA = ("dgqa_ema", "dgqa_diff")
+RNGS = ("dropout", "noise")
+
+# Compiling is most of the time these tests take, and tiny programs gain nothing from LLVM's passes.
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):
+    FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False  # an option that later versions lack
+
+
+def fast_jit(function, **options):
+    """`jax.jit` that compiles in half the time or less."""
+    return jax.jit(function, compiler_options=FAST_COMPILE, **options)
+
+
+def rngs(seed: int = 0, **options) -> dict[str, jax.Array]:
+    return {name: jax.random.key(seed + i, **options) for i, name in enumerate(RNGS)}
+
+
+def normal(seed: int, *shape: int, dtype=np.float32) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def assert_trees_close(actual: Any, expected: Any, atol: float, rtol: float = 0.0) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(
+            a, b, atol=atol, rtol=rtol, err_msg=jax.tree_util.keystr(path), strict=False
+        )
+
+
+# --- tiny layers and models ---------------------------------------------------------------------
+
+TINY = {
+    "width": 48,
+    "depth": 2,
+    "num_heads": 6,
+    "mlp_width": 64,
+    "image_size": 8,
+    "num_classes": 5,
+}
+
+
+def tiny_vit(attention: str = "gqa", **options) -> vit.VisionTransformer:
+    """Five tokens, six query heads of width 8, two layers."""
+    if attention != "mha":
+        options.setdefault("num_kv_heads", 3)
+    return vit.create("mu/4", attention=attention, **{**TINY, **options})
+
+
+def images(batch: int = 4, side: int | tuple[int, int] = 8, channels: int = 1, seed: int = 0):
+    height, width = (side, side) if isinstance(side, int) else side
+    return normal(seed, batch, height, width, channels)
+
+
+def random_variables(shapes: dict[str, Any], seed: int = 0, scale: float = 0.3) -> dict[str, Any]:
+    """Random parameters for the shapes of an init; state (`norm_stats`) as an init makes it.
+
+    The scale makes attention far from uniform; norm scales stay near one.
+    """
+    rng = np.random.default_rng(seed)
+
+    def parameter(path, shape):
+        value = scale * rng.standard_normal(shape.shape)
+        if path[-1].key == "scale":
+            value += 1.0
+        return jnp.asarray(value, shape.dtype)
+
+    def state(path, shape):
+        value = 2 if path[-1].key == "allocation" else 0  # N/K of the tiny models
+        return jnp.full(shape.shape, value, shape.dtype)
+
+    return {
+        name: jax.tree_util.tree_map_with_path(parameter if name == "params" else state, tree)
+        for name, tree in shapes.items()
+    }
+
+
+def init_shapes(module, *args) -> dict[str, Any]:
+    """Shapes of the variables, without running anything; sown collections left out."""
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))
+    return {name: shapes[name] for name in ("params", "norm_stats") if name in shapes}
+
+
+def vit_variables(
+    model: vit.VisionTransformer, seed: int = 0, channels: int = 1, scale: float = 0.3
+) -> dict[str, Any]:
+    """Random variables of an unrolled model, in which the key heads differ in size."""
+    shape = (1, *model.image_shape, channels)
+    variables = random_variables(init_shapes(model, jnp.zeros(shape)), seed, scale)
+    for i in range(model.depth):
+        key = variables["params"][f"blocks_{i}"]["attn"]["key"]
+        key["kernel"] *= np.exp(normal(seed + i, key["kernel"].shape[1], 1))
+    return variables
+
+
+B, T, N, K, H = 4, 7, 6, 3, 8  # of the layers and their inputs
+D = N * H
+
+
+def layer(attention: str = "gqa", **options) -> GroupedQueryAttention:
+    if attention != "mha":
+        options.setdefault("num_kv_heads", K)
+    return GroupedQueryAttention(num_heads=N, attention=attention, **options)
+
+
+@functools.cache
+def _layer_shapes(module) -> dict[str, Any]:
+    return init_shapes(module, jnp.ones((1, T, D)))
+
+
+def layer_variables(module: GroupedQueryAttention, seed: int = 0) -> dict[str, Any]:
+    """Random variables in which the key heads differ in what they are large for."""
+    variables = random_variables(_layer_shapes(module), seed, scale=0.15)
+    kernel = variables["params"]["key"]["kernel"]
+    kernel *= np.exp(normal(seed + 1, D, kernel.shape[1], 1))
+    variables["params"]["key"]["kernel"] = kernel
+    return variables
+
+
+def tokens(seed: int = 0, batch: int = B, features: int = D) -> np.ndarray:
+    """BTD; few active features make for key head norms far apart."""
+    x = normal(seed, batch, T, D)
+    x[..., np.random.default_rng(seed).permutation(D)[features:]] = 0.0
+    return x
+
+
+# --- the rules, as loops ------------------------------------------------------------------------
+
+
+def naive_equal(num_heads: int, num_kv_heads: int) -> list[int]:
+    share, rest = num_heads // num_kv_heads, num_heads % num_kv_heads
+    return [share + 1] * rest + [share] * (num_kv_heads - rest)
+
+
+def naive_repair(allocation, num_heads: int) -> list[int]:
+    """One unit at a time, from the largest or to the smallest, the first one on a tie."""
+    a = [int(x) for x in allocation]
+    while sum(a) > num_heads:
+        a[a.index(max(a))] -= 1
+    while sum(a) < num_heads:
+        a[a.index(min(a))] += 1
+    return a
+
+
+def naive_kdgqa(norms, num_heads: int) -> list[int]:
+    n = np.asarray(norms, np.float32)
+    s = (n - n.min()) / (n.max() - n.min())
+    return naive_repair(np.round(s / s.sum() * num_heads), num_heads)
+
+
+def naive_apportion(weights, num_heads: int) -> list[int]:
+    """Floors, then one seat each in the order of the fractional parts, the first on a tie."""
+    w = np.asarray(weights, np.float32)
+    quotas = w / w.sum() * num_heads
+    a = [int(q) for q in np.floor(quotas)]
+    by_fraction = sorted(range(len(w)), key=lambda i: (-(quotas[i] - a[i]), i))
+    for i in by_fraction[: num_heads - sum(a)]:
+        a[i] += 1
+    return a
+
+
+def naive_index(allocation) -> np.ndarray:
+    return np.repeat(np.arange(len(allocation)), allocation)
+
+
+# --- attention and the model, as loops ----------------------------------------------------------
+
+
+def naive_attention(query, key, value, index, mask=None, cotangent=None):
+    """Per-head attention in float64 for BTNH, BSKH, BSKH and an index (N,) or (B, N).
+
+    Returns (out BTNH, maps BNTS, gradients of sum(out * cotangent) or None).
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
+    batch, length, num_heads, width = q.shape
+    index = np.broadcast_to(index, (batch, num_heads))
+    maps = np.zeros((batch, num_heads, length, k.shape[1]))
+    out = np.zeros(q.shape)
+    if mask is not None:
+        mask = np.broadcast_to(mask, maps.shape)
+    grads = [np.zeros(x.shape) for x in (q, k, v)]
+    for b in range(batch):
+        for n in range(num_heads):
+            j = index[b, n]
+            scores = q[b, :, n] @ k[b, :, j].T / math.sqrt(width)
+            if mask is not None:
+                scores = np.where(mask[b, n], scores, -np.inf)
+            p = np.exp(scores - scores.max(-1, keepdims=True))
+            p /= p.sum(-1, keepdims=True)
+            maps[b, n], out[b, :, n] = p, p @ v[b, :, j]
+            if cotangent is not None:
+                c = np.asarray(cotangent[b, :, n], np.float64)
+                dp = c @ v[b, :, j].T
+                ds = p * (dp - np.sum(dp * p, -1, keepdims=True)) / math.sqrt(width)
+                grads[0][b, :, n] = ds @ k[b, :, j]
+                grads[1][b, :, j] += ds.T @ q[b, :, n]
+                grads[2][b, :, j] += p.T @ c
+    return out, maps, None if cotangent is None else grads
+
+
+def project(x, params, name: str) -> np.ndarray:
+    """The query, key or value projection of a layer in float64: BTD -> BT(heads)H."""
+    p = {k: np.asarray(v, np.float64) for k, v in params[name].items()}
+    return np.einsum("BTD,DNH->BTNH", np.asarray(x, np.float64), p["kernel"]) + p.get("bias", 0.0)
+
+
+def key_norms(x, params) -> np.ndarray:
+    """Frobenius norm of each image's keys by head: BTD -> (B, K)."""
+    return np.sqrt(np.sum(project(x, params, "key") ** 2, axis=(1, 3)))
+
+
+def naive_layer(x, params, index) -> np.ndarray:
+    """The attention layer for a given group index: BTD -> BTD."""
+    q, k, v = (project(x, params, name) for name in ("query", "key", "value"))
+    out = naive_attention(q, k, v, index)[0]
+    kernel, bias = (np.asarray(params["out"][name], np.float64) for name in ("kernel", "bias"))
+    return np.einsum("BTNH,NHD->BTD", out, kernel) + bias
+
+
+def naive_norm(x, params) -> np.ndarray:
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(var + 1e-6) * np.asarray(params["scale"]) + np.asarray(
+        params["bias"]
+    )
+
+
+def naive_vit(images, params, index, patch: int, pool: str = "token") -> np.ndarray:
+    """timm's ViT in float64 with a given group index: logits."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    batch, height, width, _ = images.shape
+    kernel = params["patch_embed"]["kernel"]
+    tokens = [
+        np.einsum("BHWC,HWCD->BD", images[:, i : i + patch, j : j + patch], kernel)
+        for i in range(0, height, patch)
+        for j in range(0, width, patch)
+    ]
+    x = np.stack(tokens, axis=1) + params["patch_embed"]["bias"]
+    if "cls_token" in params:
+        x = np.concatenate([np.repeat(params["cls_token"], batch, axis=0), x], axis=1)
+    x = x + params["pos_embed"]
+    for i in range(sum(name.startswith("blocks_") for name in params)):
+        block = params[f"blocks_{i}"]
+        x = x + naive_layer(naive_norm(x, block["norm1"]), block["attn"], index)
+        y = naive_norm(x, block["norm2"])
+        y = y @ block["mlp"]["fc1"]["kernel"] + block["mlp"]["fc1"]["bias"]
+        y = 0.5 * y * (1.0 + np.vectorize(math.erf)(y / math.sqrt(2.0)))
+        x = x + y @ block["mlp"]["fc2"]["kernel"] + block["mlp"]["fc2"]["bias"]
+    if pool == "token":
+        x = naive_norm(x, params["norm"])[:, 0]
+    else:
+        x = naive_norm(x[:, int("cls_token" in params) :].mean(1), params["fc_norm"])
+    return x @ params["head"]["kernel"] + params["head"]["bias"]
