@@ -160,7 +160,8 @@ def _plot_accuracy(records: list[Record], path: pathlib.Path) -> None:
         bars = axes.bar(x, means, width, yerr=errors, label=stage, color=_COLORS[stage], capsize=3)
         axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
     base, _ = mean_and_interval([r["top1"] for r in records if r["stage"] == "pretrained"])
-    axes.axhline(base, color="black", linewidth=1, linestyle="--", label="pretrained mha")
+    line = {"color": "gray", "linewidth": 1, "linestyle": "--", "zorder": 0}
+    axes.axhline(base, label="pretrained mha", **line)
     axes.set_xticks(np.arange(len(variants)), variants)
     axes.set(ylabel="test top-1, %", ylim=(0, 112), yticks=range(0, 101, 20))
     config = records[-1]["config"]
