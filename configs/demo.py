@@ -11,16 +11,17 @@ from kdgqa_jax.config import parse_arg, study_config
 from kdgqa_jax.errors import unknown
 
 PLANS = {
-    "digits": {"model": "mu/2", "side": 8, "batch": 64, "epochs": (28.0, 9.0), "window": 20},
+    "digits": {"model": "mu/2", "side": 8, "batch": 32, "epochs": (36.0, 6.0), "window": 90},
     "fashion_mnist": {
         "model": "mu/4",
         "side": 28,
         "batch": 128,
         "epochs": (4.0, 1.0),
-        "window": 40,
+        "window": 150,
     },
 }
-"""epochs: of pretraining, and of uptraining and fine-tuning each."""
+"""epochs: of pretraining, and of uptraining and fine-tuning each; window: about three updates of
+DGQA's allocation in each of those."""
 
 
 def get_config(arg=""):
@@ -45,6 +46,9 @@ def get_config(arg=""):
         stage.optim.learning_rate = 2e-3
         stage.optim.schedule = "cosine"
         stage.optim.warmup_steps = 20
+        stage.optim.weight_decay = 0.3
     config.pretrain.epochs = plan["epochs"][0]
+    config.pretrain.model.drop_path = 0.2
+    config.pretrain.optim.weight_decay = 0.5
     config.finetune.data.shift = "negative_quarter_turn"
     return config

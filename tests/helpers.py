@@ -27,7 +27,10 @@ if jax.__version_info__ < (0, 11):
 
 
 def fast_jit(function, **options):
-    """`jax.jit` that compiles in half the time or less."""
+    """`jax.jit` that compiles in half the time or less.
+
+    Not for a test of rounding: what users run is optimised.
+    """
     return jax.jit(function, compiler_options=FAST_COMPILE, **options)
 
 
@@ -114,7 +117,7 @@ def vit_variables(
     return variables
 
 
-B, T, N, K, H = 4, 7, 6, 3, 8  # of the layers and their inputs
+B, T, N, K, H = 3, 7, 6, 3, 8  # of the layers and their inputs; a mean over B is not exact
 D = N * H
 
 

@@ -2,8 +2,6 @@
 gradients, and what is kept for the backward pass), and the noise of PGQA.
 """
 
-import functools
-
 import helpers
 import jax
 import jax.numpy as jnp
@@ -313,14 +311,19 @@ def test_a_layer_keeps_no_more_for_the_backward_pass_than_gqa(attention, impleme
 # --- noise --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("statistics", noise.STATISTICS)
 @pytest.mark.parametrize("distribution, kurtosis", [("normal", 3.0), ("uniform", 1.8)])
-def test_noise_takes_the_statistics_of_each_row(distribution, kurtosis):
+def test_noise_takes_the_statistics_of_each_row(distribution, kurtosis, statistics):
     target = helpers.normal(0, 3, 2, 4, 4096) * np.arange(1, 5)[:, None] + 7
-    draw = functools.partial(noise.matched_noise, jax.random.key(0), distribution=distribution)
+
+    def draw(target):
+        return noise.matched_noise(jax.random.key(0), target, distribution, statistics)
+
     rows = np.float64(helpers.fast_jit(draw)(target))
-    np.testing.assert_allclose(rows.mean(-1), target.mean(-1), rtol=1e-4)
+    mean = {"std": np.zeros((3, 2, 4)), "mean_std": target.mean(-1)}[statistics]
+    np.testing.assert_allclose(rows.mean(-1), mean, atol=1e-4)
     np.testing.assert_allclose(rows.std(-1), target.std(-1), rtol=1e-4)
-    z = (rows - rows.mean(-1, keepdims=True)) / rows.std(-1, keepdims=True)
+    z = (rows - mean[..., None]) / rows.std(-1, keepdims=True)
     np.testing.assert_allclose(z, np.broadcast_to(z[:1], z.shape), atol=1e-4)  # one draw
     assert np.abs((z[0] ** 4).mean(-1) - kurtosis).max() < 0.4
     assert np.abs(np.corrcoef(z[0].reshape(8, -1)) - np.eye(8)).max() < 0.1  # one per row
