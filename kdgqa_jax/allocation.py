@@ -60,7 +60,7 @@ def key_head_norms(
       (K,) float32, or (B, K) with `per_example`. They carry no gradient.
 
     Raises:
-      ValueError: `key` is not BSKH, or `importance` is not a function of the keys.
+      ValueError: `key` is not BSKH, `mask` not (B,), `importance` not a function of the keys.
     """
     if key.ndim != 4:
         raise ValueError(f"key must have the axes BSKH, got shape {key.shape}")
@@ -75,6 +75,8 @@ def key_head_norms(
         return norms
     if mask is None:
         return jnp.mean(norms, axis=0)
+    if mask.shape != key.shape[:1]:
+        raise ValueError(f"mask must have the shape (B,) = {key.shape[:1]}, got {mask.shape}")
     valid = mask.astype(bool)
     total = jnp.sum(jnp.where(valid[:, None], norms, 0.0), axis=0)
     return total / jnp.maximum(jnp.sum(valid), 1)
@@ -177,7 +179,6 @@ def kdgqa_allocation(norms: Array, num_heads: int, min_heads_per_group: int = 0)
     # Not below zero: under jit the minimum and the norms may be rounded differently (see _quotas).
     scores = jnp.maximum(norms - low, 0.0) / jnp.where(spread > 0, spread, 1.0)
     quotas, usable = _quotas(scores, num_heads)
-    usable &= jnp.isfinite(spread)
     rounded = jnp.round(quotas).astype(jnp.int32)
     return _finish(rounded, usable, num_heads, min_heads_per_group)
 

@@ -10,7 +10,7 @@ function behind the module is `grouped_attention`, in grouped.py.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from kdgqa_jax import allocation as alloc
 from kdgqa_jax import noise
-from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.errors import UserError, check_rates, unknown
 from kdgqa_jax.grouped import IMPLEMENTATIONS, grouped_attention
 
 Array = jax.Array
@@ -70,6 +70,8 @@ def resolve_num_kv_heads(attention: str, num_heads: int, num_kv_heads: int | Non
 
     Raises UserError if K does not divide N, or if K != N for `mha`.
     """
+    if num_heads < 1:
+        raise UserError(f"num_heads={num_heads} must be at least 1")
     if variant_name(attention) == "mha":
         if num_kv_heads not in (None, num_heads):
             raise UserError(
@@ -177,10 +179,14 @@ class GroupedQueryAttention(nn.Module):
         if not 0 <= self.min_heads_per_group * num_kv_heads <= self.num_heads:
             raise UserError(
                 f"min_heads_per_group={self.min_heads_per_group} for {num_kv_heads} key/value heads"
-                f" needs more than the {self.num_heads} query heads; lower one of them"
+                f" must be between 0 and {self.num_heads // num_kv_heads}, so that"
+                f" {self.num_heads} query heads suffice"
             )
-        if self.window < 1:
-            raise UserError(f"window={self.window} must be at least 1 step")
+        if self.window < 1 or self.window != int(self.window):
+            raise UserError(f"window={self.window} must be a number of steps, at least 1")
+        if not 0.0 <= self.beta <= 1.0:
+            raise UserError(f"beta={self.beta} must be between 0 and 1")
+        check_rates(dropout=self.dropout, attn_dropout=self.attn_dropout)
         return num_kv_heads
 
     @nn.compact
@@ -269,16 +275,15 @@ class GroupedQueryAttention(nn.Module):
         if variant.rule is None and not self.is_mutable_collection("grouping"):
             return None
 
-        if self.importance == "gradient":
+        if self.importance == "gradient" and variant.rule is not None:
             gradient = self.variable(
                 "norm_stats", "key_gradient", jnp.zeros, num_kv_heads, jnp.float32
             )
             norms = gradient.value
         else:
             per_example = self.allocation_scope == "example" and not variant.remembers
-            norms = alloc.key_head_norms(
-                key, mask, per_example=per_example, importance=self.importance
-            )
+            importance = "l2" if self.importance == "gradient" else self.importance
+            norms = alloc.key_head_norms(key, mask, per_example=per_example, importance=importance)
 
         if variant.rule is None:
             allocation = equal
@@ -294,6 +299,8 @@ class GroupedQueryAttention(nn.Module):
                         " optimizer step"
                     )
                 due = step % self.window == 0
+                if mask is not None:
+                    due &= jnp.any(mask)  # nothing is learnt from a batch of padding
                 new_allocation, new_norm = self._apply_rule(norms, key_norm.value)
                 key_norm.value = jnp.where(due, new_norm, key_norm.value)
                 kept.value = jnp.where(due, new_allocation, kept.value)
@@ -322,7 +329,7 @@ def remember_key_gradients(norm_stats: Any, grads: Any) -> Any:
       `norm_stats` with key_gradient[k] = the Frobenius norm, in float32, of the loss gradient on
       the projection (kernel and bias) of key head k.
     """
-    if not isinstance(norm_stats, dict):
+    if not isinstance(norm_stats, Mapping):
         return norm_stats
     new = {
         name: remember_key_gradients(sub, grads.get(name, {})) for name, sub in norm_stats.items()

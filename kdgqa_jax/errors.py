@@ -14,3 +14,10 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"unknown {kind} {name!r}: {hint}valid: {', '.join(known)}")
+
+
+def check_rates(**rates: float) -> None:
+    """Raise UserError for a rate (of dropout, say) outside of [0, 1)."""
+    for name, rate in rates.items():
+        if not 0.0 <= rate < 1.0:
+            raise UserError(f"{name}={rate} must be at least 0 and below 1")

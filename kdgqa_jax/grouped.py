@@ -142,7 +142,7 @@ def grouped_attention(
       ValueError: shapes that do not fit together, an unknown implementation, dropout without key.
     """
     _check_shapes(query, key, value, group_index)
-    scores = _scores(query * query.shape[-1] ** -0.5, key, group_index, implementation)
+    scores = _scores(query, key, group_index, implementation) * query.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     maps = jax.nn.softmax(scores, axis=-1)

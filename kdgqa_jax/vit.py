@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from kdgqa_jax.attention import GroupedQueryAttention
-from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.errors import UserError, check_rates, unknown
 
 Array = jax.Array
 
@@ -50,7 +50,8 @@ def gelu(x: Array) -> Array:
 
     Not `nn.gelu(approximate=False)`: that takes erfc, which costs several times as much on CPUs.
     """
-    return x * (0.5 * (1.0 + jax.lax.erf(x * 0.5**0.5)))
+    wide = x.astype(jnp.float32)  # 1 + erf cancels where x is well below zero
+    return (wide * (0.5 * (1.0 + jax.lax.erf(wide * 0.5**0.5)))).astype(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -214,7 +215,12 @@ class VisionTransformer(nn.Module):
         self.norm = layer_norm(**common) if self.pool == "token" else None
         self.fc_norm = layer_norm(**common) if self.pool == "avg" else None
         if self.num_classes:
-            self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, **common)
+            self.head = nn.Dense(
+                self.num_classes,
+                kernel_init=nn.initializers.zeros,
+                dtype=jnp.float32,  # one product per image: exact logits cost nothing
+                param_dtype=self.param_dtype,
+            )
 
     def features(
         self,
@@ -324,11 +330,17 @@ def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransf
     for option, known in {"pool": ("token", "avg"), "remat": REMAT_POLICIES}.items():
         if getattr(model, option) not in known:
             raise unknown(option, getattr(model, option), known)
-    if any(side < 1 or side % model.patch_size for side in model.image_shape):
+    if model.patch_size < 1:
+        raise UserError(f"patch size {model.patch_size} must be at least 1 pixel")
+    shape = model.image_shape
+    if len(shape) != 2 or any(side < 1 or side % model.patch_size for side in shape):
         raise UserError(
-            f"image size {model.image_shape} must be positive multiples of the patch size"
-            f" {model.patch_size}"
+            f"image size {shape} must be positive multiples of the patch size {model.patch_size}:"
+            " a side, or (height, width)"
         )
+    if model.num_classes < 0:
+        raise UserError(f"num_classes={model.num_classes} must not be negative; 0 means no head")
+    check_rates(dropout=model.dropout, drop_path=model.drop_path)
     if model.pool == "token" and not model.class_token:
         raise UserError('pool "token" needs class_token=True; use pool "avg" without a class token')
     return model

@@ -388,7 +388,7 @@ def test_the_table_of_variants_is_tested():
         ({"noise_distribution": "gauss"}, "noise_distribution 'gauss': .*normal, uniform"),
         ({"implementation": "onehot"}, "implementation 'onehot': did you mean 'one_hot'"),
         ({"min_heads_per_group": 3}, "min_heads_per_group=3 for 3 key/value heads"),
-        ({"window": 0}, "window=0 must be at least 1 step"),
+        ({"window": 0}, "window=0 must be a number of steps, at least 1"),
         ({"importance": "gradient", "allocation_scope": "example"}, "one score per layer"),
         ({"num_heads": 5, "num_kv_heads": 5}, "width 48 is not a multiple of the 5 query heads"),
     ],
