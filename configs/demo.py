@@ -11,7 +11,7 @@ from kdgqa_jax.config import parse_arg, study_config
 from kdgqa_jax.errors import unknown
 
 PLANS = {
-    "digits": {"model": "mu/2", "side": 8, "batch": 32, "epochs": (36.0, 6.0), "window": 90},
+    "digits": {"model": "mu/2", "side": 8, "batch": 32, "epochs": (45.0, 6.0), "window": 90},
     "fashion_mnist": {
         "model": "mu/4",
         "side": 28,
