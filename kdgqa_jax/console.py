@@ -1,6 +1,5 @@
 """What the terminal shows: a live progress bar, or plain lines where output is no terminal."""
 
-import sys
 import time
 from typing import Any
 
@@ -74,8 +73,3 @@ class ProgressBar:
 def say(line: str) -> None:
     """One plain line on standard output."""
     print(line, flush=True)
-
-
-def complain(line: str) -> None:
-    """One plain line on standard error."""
-    print(line, file=sys.stderr, flush=True)
