@@ -11,7 +11,7 @@ from kdgqa_jax.config import parse_arg, study_config
 from kdgqa_jax.errors import unknown
 
 PLANS = {
-    "digits": {"model": "mu/2", "side": 8, "batch": 32, "epochs": (45.0, 6.0), "window": 90},
+    "digits": {"model": "mu/2", "side": 8, "batch": 64, "epochs": (45.0, 7.0), "window": 50},
     "fashion_mnist": {
         "model": "mu/4",
         "side": 28,
@@ -43,7 +43,7 @@ def get_config(arg=""):
         stage.eval_every_epochs = 0.0  # at the end only
         stage.log_every = 5
         stage.checkpoint_every = 100
-        stage.optim.learning_rate = 2e-3
+        stage.optim.learning_rate = 3e-3
         stage.optim.schedule = "cosine"
         stage.optim.warmup_steps = 20
         stage.optim.weight_decay = 0.3

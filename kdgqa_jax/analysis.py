@@ -1,11 +1,13 @@
-"""Looking inside: attention maps, key norms and allocations of a model on some images."""
+"""Looking inside: what a model does with some images, and what a model directory holds."""
 
+import os
 from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
 
-from kdgqa_jax import vit
+from kdgqa_jax import layers, vit
 
 Array = jax.Array
 
@@ -50,5 +52,63 @@ def capture(
         mutable=["grouping", "intermediates"],
         rngs={"noise": jax.random.key(0)},  # for pgqa with noise_at_eval only
     )
-    maps = vit.stack_layers(collections["intermediates"])["blocks"]["attn"]["maps"]
-    return Captured(logits=logits, maps=maps, **vit.grouping_of(collections))
+    maps = layers.stack_layers(collections["intermediates"])["blocks"]["attn"]["maps"]
+    return Captured(logits=logits, maps=maps, **layers.grouping_of(collections))
+
+
+LAYER_HEADER = ("layer", "allocation", "idle KV heads", "remembered key norms", "key kernel norms")
+
+
+def summarise(directory: str | os.PathLike) -> tuple[list[tuple[str, str]], list[tuple[str, ...]]]:
+    """What a model directory holds: (names and values, a row under `LAYER_HEADER` per layer).
+
+    The allocation is the one that is stored (DGQA) or fixed; that of `kdgqa` depends on the images.
+    The norm of a key head's kernel is its Frobenius norm.
+
+    Raises UserError if the directory does not hold a model.
+    """
+    from kdgqa_jax import checkpoint
+
+    model, variables, description = checkpoint.load_model(directory)
+    variables = {name: layers.unstack_layers(jax.device_get(v)) for name, v in variables.items()}
+    params, memory = variables["params"], variables.get("norm_stats", {})
+    num_heads, num_kv_heads = (model.attention[name] for name in ("num_heads", "num_kv_heads"))
+    attention, names = model.attention["attention"], description["class_names"]
+    total, key_value = layers.count_parameters(params)
+    height, width = model.image_shape
+    facts = {
+        "attention": attention,
+        "query heads": num_heads,
+        "key/value heads": num_kv_heads,
+        "layers": model.depth,
+        "width": model.width,
+        "MLP width": model.mlp_width,
+        "patch": f"{model.patch_size} px",
+        "images": f"{height}x{width} px, channels: {description['channels']}",
+        "classes": f"{len(names)}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
+        "preprocessing": ", ".join(f"{k} {v}" for k, v in description["preprocessing"].items()),
+        "parameters": f"{total:,}",
+        "of key and value projections": f"{key_value:,}",
+        "converted from": description.get("converted", {}).get("source", "(trained)"),
+    }
+    rows = []
+    for i in range(model.depth):
+        kernel = np.asarray(params[f"blocks_{i}"]["attn"]["key"]["kernel"], np.float32)  # DKH
+        kept = memory.get(f"blocks_{i}", {}).get("attn", {})
+        allocation = kept.get("allocation")
+        if allocation is None and attention != "kdgqa":
+            allocation = np.full(num_kv_heads, num_heads // num_kv_heads)
+        rows.append(
+            (
+                str(i),
+                "by the images" if allocation is None else " ".join(map(str, allocation)),
+                "" if allocation is None else str(np.sum(np.asarray(allocation) == 0)),
+                _numbers(kept.get("key_norm", ())),
+                _numbers(np.sqrt(np.sum(kernel**2, axis=(0, 2)))),
+            )
+        )
+    return [(name, str(value)) for name, value in facts.items()], rows
+
+
+def _numbers(values: Any) -> str:
+    return " ".join(f"{x:.3g}" for x in np.asarray(values))

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from kdgqa_jax.errors import UserError
+from kdgqa_jax.errors import UserError, unknown
 from kdgqa_jax.version import __version__
 
 
@@ -48,6 +48,56 @@ def _bench(arguments: argparse.Namespace) -> None:
     bench.bench_train(settings, arguments.variants.split(","), arguments.steps)
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    from kdgqa_jax import convert
+    from kdgqa_jax.console import say, table
+
+    if arguments.to:
+        convert.export(arguments.source, arguments.out, arguments.to)
+        say(f"written: {arguments.out}")
+        return
+    options = {name: getattr(arguments, name) for name in _CONVERT_OPTIONS}
+    converted = convert.load(arguments.source, **options)
+    report = converted.report
+    table(report.HEADER, report.rows())
+    for note in report.notes:
+        say(note)
+    converted.save(arguments.out)
+    say(f"model directory: {arguments.out}")
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from kdgqa_jax import predict
+    from kdgqa_jax.console import say, table
+
+    if arguments.out:
+        predict.check_output(arguments.out)
+    names, predictions, classes = predict.predict_files(
+        arguments.checkpoint, arguments.images, arguments.batch_size
+    )
+    if arguments.out:
+        predict.write(arguments.out, names, predictions, classes, arguments.top)
+        say(f"{len(names)} images, written: {arguments.out}")
+    else:
+        top = predict.top_classes(predictions.logits, classes, arguments.top)
+        rows = [
+            [name, ", ".join(f"{label} {100 * p:.1f} %" for label, p in best)]
+            for name, best in zip(names, top, strict=True)
+        ]
+        table(("image", f"top {arguments.top}"), rows)
+    for line in predict.describe_allocation(predictions.allocation):
+        say(line)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from kdgqa_jax import analysis
+    from kdgqa_jax.console import table
+
+    facts, rows = analysis.summarise(arguments.checkpoint)
+    table(("", arguments.checkpoint), facts)
+    table(analysis.LAYER_HEADER, rows)
+
+
 _OVERRIDES = "any other field of the config: --config.FIELD=VALUE"
 
 
@@ -83,13 +133,72 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="NAME[:key=value,...] or a .py file")
 
 
+def _image_size(text: str) -> int | tuple[int, int]:
+    sides = [int(side) for side in text.lower().split("x")]
+    if len(sides) > 2:
+        raise ValueError
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _floats(text: str) -> list[float]:
+    return [float(x) for x in text.split(",")]
+
+
+_image_size.__name__, _floats.__name__ = "SIDE or HEIGHTxWIDTH", "numbers with commas"
+
+_CONVERT_OPTIONS: dict[str, dict] = {
+    "attention": {"help": "variant; none: that of the source"},
+    "num_kv_heads": {"type": int, "help": "key/value heads; none: half the query heads"},
+    "pooling": {"default": "mean", "help": "mean, first or random"},
+    "seed": {"type": int, "default": 0, "help": "of random pooling and new arrays"},
+    "image_size": {"type": _image_size, "help": "SIDE or HEIGHTxWIDTH; none: as it is"},
+    "num_classes": {"type": int, "help": "of a new head; none: as it is"},
+    "num_heads": {"type": int, "help": "query heads, where the source does not tell"},
+    "channels": {"type": int, "help": "of images; none: as it is"},
+    "mean": {"type": _floats, "help": "of pixels in 0..1, with commas"},
+    "std": {"type": _floats, "help": "of pixels in 0..1, with commas"},
+    "allow_missing": {"nargs": "+", "default": [], "help": "may be missing: starts anew"},
+    "allow_left_over": {"nargs": "+", "default": [], "help": "may be in the source, unused"},
+    "allow_nan": {"action": "store_true", "help": "accept NaN and infinity"},
+}
+"""The options of `convert.load`."""
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", required=True, help="file, directory or hf:org/name")
+    parser.add_argument("--out", required=True, help="directory (or, with --to, file) to write")
+    parser.add_argument("--to", help="write a file instead: safetensors or released (.pth)")
+    for name, settings in _CONVERT_OPTIONS.items():
+        metavar = {} if "action" in settings else {"metavar": name.split("_")[-1].upper()}
+        parser.add_argument(f"--{name.replace('_', '-')}", **metavar, **settings)
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--images", nargs="+", required=True, help="a .npy (float32 NHWC), or files and folders"
+    )
+    parser.add_argument("--out", help=".npy (logits), .csv or .json (top classes); none: a table")
+    parser.add_argument("--top", type=int, default=5, help="how many classes")
+    parser.add_argument("--batch-size", type=int, default=256, help="images per batch")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="a model directory")
+
+
 COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "demo": ("the whole protocol on small real images, minutes on a laptop", _add_demo, _demo),
     "study": ("the protocol of a config: variants x seeds, a table, plots", _add_config, _study),
     "train": ("one training run of a config", _add_config, _train),
+    "convert": ("a checkpoint to a grouped variant, or back to PyTorch", _add_convert, _convert),
+    "predict": ("logits or top classes of images", _add_predict, _predict),
+    "inspect": ("what a model directory holds", _add_checkpoint, _inspect),
     "bench": ("memory and rate of the variants on this device", _add_bench, _bench),
 }
 """Command: (what it does, adds its flags, runs it)."""
+
+_WITHOUT_CONFIG = ("convert", "predict", "inspect")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=_OVERRIDES,
+            epilog=None if name in _WITHOUT_CONFIG else _OVERRIDES,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         add_flags(command)
@@ -119,6 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, arguments_left = _parser().parse_known_args(argv)
     arguments.overrides = arguments_left
     try:
+        if arguments_left and arguments.command in _WITHOUT_CONFIG:
+            flags = [f"--{name.replace('_', '-')}" for name in vars(arguments)]
+            raise unknown("argument", arguments_left[0], flags)
         arguments.run(arguments)
     except KeyboardInterrupt:
         print("kdgqa: interrupted; the same command goes on from here", file=sys.stderr)

@@ -1,6 +1,8 @@
 """What the terminal shows: a live progress bar, or plain lines where output is no terminal."""
 
+import sys
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +14,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 LINE_EVERY = 10.0  # seconds between plain lines
 
@@ -73,3 +76,18 @@ class ProgressBar:
 def say(line: str) -> None:
     """One plain line on standard output."""
     print(line, flush=True)
+
+
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", numbers: bool = False
+) -> None:
+    """A table on standard output; with `numbers`, all columns but the first are aligned right."""
+    shown = Table(*header, title=title or None)
+    for column in shown.columns[1:]:
+        column.justify = "right" if numbers else "left"
+    for row in rows:
+        shown.add_row(*row)
+    needed = Console(width=1000).measure(shown).maximum
+    if sys.stdout.isatty():  # a narrow terminal wraps cells, as far as that can be read
+        needed = max(Console().width, min(needed, 100))
+    Console(width=needed, highlight=False).print(shown)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kdgqa_jax import sharding, vit
+from kdgqa_jax import layers, sharding, vit
 from kdgqa_jax.data import augment, pipeline
 
 Array = jax.Array
@@ -49,7 +49,7 @@ def make_eval_step(model: vit.VisionTransformer, mean: float, std: float) -> Cal
             "count": jnp.ones_like(loss),
         }
         sums = {name: jnp.sum(jnp.where(mask, x, 0.0)) for name, x in per_image.items()}
-        return {**sums, "allocation": vit.grouping_of(collections)["allocation"]}
+        return {**sums, "allocation": layers.grouping_of(collections)["allocation"]}
 
     return eval_step
 

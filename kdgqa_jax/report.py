@@ -5,11 +5,10 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.attention import VARIANTS, variant_name
+from kdgqa_jax.console import say, table
 
 Record = dict[str, Any]
 History = dict[str, list[Record]]
@@ -32,15 +31,9 @@ def write(records: list[Record], histories: dict[str, History], folder: pathlib.
     if dynamic:
         for field in _LAYER_PLOTS:
             _plot_layers(dynamic, records, field, folder / f"{field}.png")
-    table = Table(*header, title="top-1 on the test images, %")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    console = Console(width=max(Console().width, 100))  # the table does not fit into 80 columns
-    console.print(table)
-    console.print(note, highlight=False)
-    console.print(f"report: {folder}", highlight=False, soft_wrap=True)
+    table(header, rows, "top-1 on the test images, %", numbers=True)
+    say(note)
+    say(f"report: {folder}")
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float | None]:

@@ -23,7 +23,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from kdgqa_jax import checkpoint, convert, report, sharding, train, vit
+from kdgqa_jax import checkpoint, convert, layers, report, sharding, train, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.attention import variant_name
@@ -31,6 +31,7 @@ from kdgqa_jax.console import say
 from kdgqa_jax.data import sources
 from kdgqa_jax.errors import UserError, unknown
 from kdgqa_jax.evaluate import evaluate, make_eval_step
+from kdgqa_jax.version import versions
 
 Config = ml_collections.ConfigDict
 Record = dict[str, Any]
@@ -133,7 +134,7 @@ def _make_record(
 ) -> Record:
     """One record of results.json, from the model directory in `place` and its figures."""
     model, variables, _ = checkpoint.load_model(place / "model")
-    num_params, num_kv_params = _num_params(variables["params"])
+    num_params, num_kv_params = layers.count_parameters(variables["params"])
     device = jax.devices()[0]
     settings = config.to_dict()
     if config.init:  # the same wherever the study lies
@@ -153,17 +154,9 @@ def _make_record(
         "allocation": result["allocation"],
         "idle_kv_heads": int(np.sum(np.asarray(result["allocation"]) == 0)),
         "config": settings,
-        "versions": train.versions(),
+        "versions": versions(),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
     }
-
-
-def _num_params(params: dict[str, Any]) -> tuple[int, int]:
-    """(all parameters, those of the key and value projections)."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    sizes = [({entry.key for entry in path}, x.size) for path, x in leaves]
-    kv = sum(size for names, size in sizes if "attn" in names and names & {"key", "value"})
-    return sum(size for _, size in sizes), kv
 
 
 def _convert(study: Config, config: Config, place: pathlib.Path) -> dict[str, Any]:

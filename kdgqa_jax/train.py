@@ -1,12 +1,11 @@
 """Training: pretraining, uptraining and fine-tuning are one loop with different configs."""
 
+import contextlib
 import csv
 import functools
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from kdgqa_jax import checkpoint, optim, sharding, vit
+from kdgqa_jax import checkpoint, layers, optim, sharding, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.attention import remember_key_gradients
@@ -26,6 +25,7 @@ from kdgqa_jax.console import ProgressBar, say
 from kdgqa_jax.data import augment, pipeline, sources
 from kdgqa_jax.errors import UserError
 from kdgqa_jax.evaluate import evaluate, make_eval_step
+from kdgqa_jax.version import versions
 
 Array = jax.Array
 
@@ -112,7 +112,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         grouping = {  # (L, K); in example scope (L, B, K), logged as the mean over the batch
             name: x.mean(axis=1) if x.ndim == 3 else x
-            for name, x in vit.grouping_of(collections).items()
+            for name, x in layers.grouping_of(collections).items()
         }
         metrics = {
             "loss": loss,
@@ -172,17 +172,10 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    packages = ("kdgqa-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **found}
-
-
 def _starting_variables(config: ml_collections.ConfigDict, fresh: dict[str, Any]) -> dict[str, Any]:
     """The variables of the model directory `config.init`; they must fit `fresh` in every shape."""
     _, loaded, _ = checkpoint.load_model(config.init)
-    layout = vit.stack_layers if config.model.scan_layers else vit.unstack_layers
+    layout = layers.stack_layers if config.model.scan_layers else layers.unstack_layers
     loaded = {name: layout(tree) for name, tree in loaded.items()}
     loaded.setdefault("norm_stats", {})
 
@@ -294,49 +287,49 @@ def train_and_evaluate(
         writer.write(step=step, epoch=step / steps_per_epoch, split="test", **result)
         return result
 
-    with ProgressBar(title, num_steps, first_step) as bar:
-        for step in range(first_step + 1, num_steps + 1):
-            state, metrics = train_step(state, sharding.put_batch(next(batches), mesh))
-            if step % config.log_every == 0 or step == num_steps:
-                values = {name: np.asarray(x).tolist() for name, x in metrics.items()}
-                now = time.monotonic()
-                rate = config.batch_size * (step - interval_step) / (now - interval_started)
-                interval_step, interval_started = step, now
-                writer.write(
-                    step=step,
-                    epoch=step / steps_per_epoch,
-                    split="train",
-                    **values,
-                    learning_rate=float(schedule(step - 1)),
-                    images_per_second=rate,
-                )
-                bar.update(step, f"loss {values['loss']:.3f}, {rate:.0f} images/s")
-            else:
-                bar.update(step)
-            if config.eval_every_epochs and step % eval_every == 0 and step != num_steps:
-                evaluate_now(step)
-            if step % config.checkpoint_every == 0 and step != num_steps:
-                checkpoints.save(step, state, position())
+    with contextlib.closing(checkpoints):  # even a run that fails waits for saves under way
+        with ProgressBar(title, num_steps, first_step) as bar:
+            for step in range(first_step + 1, num_steps + 1):
+                state, metrics = train_step(state, sharding.put_batch(next(batches), mesh))
+                if step % config.log_every == 0 or step == num_steps:
+                    values = {name: np.asarray(x).tolist() for name, x in metrics.items()}
+                    now = time.monotonic()
+                    rate = config.batch_size * (step - interval_step) / (now - interval_started)
+                    interval_step, interval_started = step, now
+                    writer.write(
+                        step=step,
+                        epoch=step / steps_per_epoch,
+                        split="train",
+                        **values,
+                        learning_rate=float(schedule(step - 1)),
+                        images_per_second=rate,
+                    )
+                    bar.update(step, f"loss {values['loss']:.3f}, {rate:.0f} images/s")
+                else:
+                    bar.update(step)
+                if config.eval_every_epochs and step % eval_every == 0 and step != num_steps:
+                    evaluate_now(step)
+                if step % config.checkpoint_every == 0 and step != num_steps:
+                    checkpoints.save(step, state, position())
 
-    # --- Result ---------------------------------------------------------------------------------
-    result = evaluate_now(num_steps)
-    tests = [r["top1"] for r in read_metrics(workdir) if r["split"] == "test"]
-    description = {
-        "model": {**config.model.to_dict(), "num_classes": len(dataset.class_names)},
-        "channels": channels,
-        "class_names": list(dataset.class_names),
-        "preprocessing": {"mean": data.mean, "std": data.std},
-        "trained_on": {"data": data.to_dict(), "steps": num_steps, "init": config.init},
-        "versions": versions(),
-    }
-    checkpoint.save_model(workdir / "model", jax.device_get(state.variables), description)
-    result |= {
-        "best_top1": max(tests),
-        "steps": num_steps,
-        "seconds": position()["seconds"],
-        "train_step_compilations": train_step._cache_size(),
-    }
-    checkpoints.save(num_steps, state, position())
-    checkpoints.close()
+        # --- Result -----------------------------------------------------------------------------
+        result = evaluate_now(num_steps)
+        tests = [r["top1"] for r in read_metrics(workdir) if r["split"] == "test"]
+        description = {
+            "model": {**config.model.to_dict(), "num_classes": len(dataset.class_names)},
+            "channels": channels,
+            "class_names": list(dataset.class_names),
+            "preprocessing": {"mean": data.mean, "std": data.std},
+            "trained_on": {"data": data.to_dict(), "steps": num_steps, "init": config.init},
+            "versions": versions(),
+        }
+        checkpoint.save_model(workdir / "model", jax.device_get(state.variables), description)
+        result |= {
+            "best_top1": max(tests),
+            "steps": num_steps,
+            "seconds": position()["seconds"],
+            "train_step_compilations": train_step._cache_size(),
+        }
+        checkpoints.save(num_steps, state, position())
     workdir_lib.write_json(workdir / "result.json", result)
     return result

@@ -1,3 +1,13 @@
-"""The version of the package: the one place that states it."""
+"""The version, in one place, and those of what the numbers depend on."""
 
 __version__ = "0.1.0"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of what the numbers depend on."""
+    import importlib.metadata
+    import platform
+
+    packages = ("kdgqa-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found}

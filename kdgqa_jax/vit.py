@@ -36,6 +36,12 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block only
 }
 
+_CHOICES = {
+    "pool": ("token", "avg"),
+    "distillation": ("none", "token", "head"),
+    "remat": REMAT_POLICIES,
+}
+
 _kernel_init = nn.initializers.xavier_uniform()  # as the original ViT has it
 
 
@@ -78,6 +84,7 @@ class Block(nn.Module):
 
     mlp_width: int
     attention: FrozenDict[str, Any]  # fields of GroupedQueryAttention
+    norm_epsilon: float = 1e-6
     dropout: float = 0.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -101,15 +108,15 @@ class Block(nn.Module):
         attention = GroupedQueryAttention(
             **self.attention, dropout=self.dropout, kernel_init=_kernel_init, name="attn", **common
         )
-        y = layer_norm("norm1", **common)(x)
+        y = layer_norm(self.norm_epsilon, "norm1", **common)(x)
         x = residual(x, attention(y, train=train, step=step, mask=mask))
-        y = layer_norm("norm2", **common)(x)
+        y = layer_norm(self.norm_epsilon, "norm2", **common)(x)
         return residual(x, Mlp(self.mlp_width, self.dropout, name="mlp", **common)(y, train)), None
 
 
-def layer_norm(name: str | None = None, **common: Any) -> nn.LayerNorm:
-    """LayerNorm as timm's ViT has it; statistics in float32."""
-    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name, **common)
+def layer_norm(epsilon: float, name: str | None = None, **common: Any) -> nn.LayerNorm:
+    """LayerNorm; statistics in float32."""
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, name=name, **common)
 
 
 class VisionTransformer(nn.Module):
@@ -126,6 +133,11 @@ class VisionTransformer(nn.Module):
       pool: "token" (class token after the final norm) or "avg" (mean over the patch tokens, then
         a norm named `fc_norm`, as timm has it).
       class_token: the model has a class token; "token" pooling needs it.
+      distillation: DeiT's second token: "none", "token" (it is there, classes are read from the
+        class token alone) or "head" (it has a head of its own; the logits are the mean of both).
+      representation_size: width of a tanh layer `pre_logits` between the pooled features and the
+        head, as models pretrained on ImageNet-21k may have it; 0: none.
+      norm_epsilon: of every LayerNorm.
       dropout: after the position embedding, the attention output and the MLP layers.
       drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
       scan_layers: one compiled block for all layers (`blocks` with a leading L axis) instead of L
@@ -144,6 +156,9 @@ class VisionTransformer(nn.Module):
     num_classes: int = 1000
     pool: str = "token"
     class_token: bool = True
+    distillation: str = "none"
+    representation_size: int = 0
+    norm_epsilon: float = 1e-6
     dropout: float = 0.0
     drop_path: float = 0.0
     scan_layers: bool = False
@@ -163,6 +178,11 @@ class VisionTransformer(nn.Module):
         height, width = self.image_shape
         return height // self.patch_size, width // self.patch_size
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: the class token and the distillation token."""
+        return int(self.class_token) + (self.distillation != "none")
+
     def setup(self) -> None:
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.patch_embed = nn.Conv(
@@ -172,11 +192,12 @@ class VisionTransformer(nn.Module):
             padding="VALID",
             **common,
         )
+        token_init = (nn.initializers.normal(1e-6), (1, 1, self.width), self.param_dtype)
         if self.class_token:
-            self.cls_token = self.param(
-                "cls_token", nn.initializers.normal(1e-6), (1, 1, self.width), self.param_dtype
-            )
-        length = self.grid[0] * self.grid[1] + self.class_token
+            self.cls_token = self.param("cls_token", *token_init)
+        if self.distillation != "none":
+            self.dist_token = self.param("dist_token", *token_init)
+        length = self.grid[0] * self.grid[1] + self.num_prefix_tokens
         self.pos_embed = self.param(
             "pos_embed",
             nn.initializers.normal(self.width**-0.5),
@@ -190,6 +211,7 @@ class VisionTransformer(nn.Module):
             {
                 "mlp_width": self.mlp_width,
                 "attention": self.attention,
+                "norm_epsilon": self.norm_epsilon,
                 "dropout": self.dropout,
                 **common,
             },
@@ -212,15 +234,18 @@ class VisionTransformer(nn.Module):
             self.blocks = block(**fields)
         else:
             self.blocks = [block(**fields) for _ in range(self.depth)]
-        self.norm = layer_norm(**common) if self.pool == "token" else None
-        self.fc_norm = layer_norm(**common) if self.pool == "avg" else None
+        final_norm = layer_norm(self.norm_epsilon, **common)
+        self.norm = final_norm if self.pool == "token" else None
+        self.fc_norm = final_norm if self.pool == "avg" else None
+        # Here is one product per image: exact logits cost nothing.
+        exact = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
+        if self.representation_size:
+            self.pre_logits = nn.Dense(self.representation_size, **exact)
         if self.num_classes:
-            self.head = nn.Dense(
-                self.num_classes,
-                kernel_init=nn.initializers.zeros,
-                dtype=jnp.float32,  # one product per image: exact logits cost nothing
-                param_dtype=self.param_dtype,
-            )
+            exact["kernel_init"] = nn.initializers.zeros
+            self.head = nn.Dense(self.num_classes, **exact)
+            if self.distillation == "head":
+                self.head_dist = nn.Dense(self.num_classes, **exact)
 
     def features(
         self,
@@ -238,9 +263,10 @@ class VisionTransformer(nn.Module):
             )
         x = self.patch_embed(images)
         x = x.reshape(x.shape[0], -1, self.width)  # BTD
-        if self.class_token:
-            token = jnp.broadcast_to(self.cls_token.astype(x.dtype), (x.shape[0], 1, self.width))
-            x = jnp.concatenate([token, x], axis=1)
+        prefix = [self.cls_token] if self.class_token else []
+        prefix += [self.dist_token] if self.distillation != "none" else []
+        prefix = [jnp.broadcast_to(t.astype(x.dtype), (len(x), 1, self.width)) for t in prefix]
+        x = jnp.concatenate([*prefix, x], axis=1)
         x = x + self.pos_embed.astype(x.dtype)
         x = self.pos_dropout(x, deterministic=not train)
 
@@ -273,13 +299,17 @@ class VisionTransformer(nn.Module):
         Raises:
           UserError: images of another size.
         """
-        x = self.features(images, train=train, step=step, mask=mask)
+        tokens = self.features(images, train=train, step=step, mask=mask)
         if self.pool == "token":
-            x = x[:, 0]
+            x = tokens[:, 0]
         else:
-            x = self.fc_norm(jnp.mean(x[:, int(self.class_token) :], axis=1))
+            x = self.fc_norm(jnp.mean(tokens[:, self.num_prefix_tokens :], axis=1))
+        if self.representation_size:
+            x = jnp.tanh(self.pre_logits(x))
         if self.num_classes:
             x = self.head(x)
+            if self.distillation == "head":
+                x = (x + self.head_dist(tokens[:, 1])) / 2
         return x.astype(jnp.float32)
 
 
@@ -296,6 +326,7 @@ def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransf
 
     Args:
       name: SIZE/PATCH such as "S/16", "B/16", "L/16", "Ti/16", "mu/2"; SIZE alone means patch 16.
+        SIZE "custom" has no numbers of its own: give width, depth, num_heads and mlp_width.
       attention: a name in `attention.VARIANTS`, or "mhsa".
       **options: any field of `VisionTransformer` (num_classes, image_size, scan_layers, drop_path,
         dtype, ...) or of `GroupedQueryAttention` (num_kv_heads, window, beta, attn_dropout, ...).
@@ -307,10 +338,13 @@ def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransf
       UserError: an unknown name or option, or options that do not fit together.
     """
     match = re.fullmatch(r"([A-Za-z]+)(?:/(\d+))?", name)
-    if not match or match[1] not in SIZES:
-        raise unknown("model", name, [f"{size}/PATCH" for size in SIZES])
-    fields: dict[str, Any] = dict(SIZES[match[1]], patch_size=int(match[2] or 16))
+    if not match or match[1] not in (*SIZES, "custom"):
+        raise unknown("model", name, [f"{size}/PATCH" for size in (*SIZES, "custom")])
+    fields: dict[str, Any] = dict(SIZES.get(match[1], {}), patch_size=int(match[2] or 16))
     fields |= options
+    missing = [option for option in SIZES["S"] if option not in fields]
+    if missing:
+        raise UserError(f"model {name!r} needs the options {', '.join(missing)}")
     for option in fields:
         if option not in _VIT_FIELDS | _ATTENTION_FIELDS:
             raise unknown("model option", option, sorted(_VIT_FIELDS | _ATTENTION_FIELDS))
@@ -327,9 +361,11 @@ def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransf
         attention=FrozenDict(attention_fields, attention=attention, num_kv_heads=num_kv_heads),
         **fields,
     )
-    for option, known in {"pool": ("token", "avg"), "remat": REMAT_POLICIES}.items():
+    for option, known in _CHOICES.items():
         if getattr(model, option) not in known:
             raise unknown(option, getattr(model, option), known)
+    if model.distillation != "none" and model.pool != "token":
+        raise UserError(f'distillation={model.distillation!r} needs pool "token"')
     if model.patch_size < 1:
         raise UserError(f"patch size {model.patch_size} must be at least 1 pixel")
     shape = model.image_shape
@@ -358,39 +394,3 @@ def init_norm_stats(model: VisionTransformer, channels: int = 3) -> dict[str, An
     return jax.jit(
         lambda: init_variables(model, jax.random.key(0), channels).get("norm_stats", {})
     )()
-
-
-# --- layouts of the layers ----------------------------------------------------------------------
-
-
-def stack_layers(tree: dict[str, Any]) -> dict[str, Any]:
-    """`blocks_0`.. -> `blocks` with a leading L axis (the layout of scan_layers=True).
-
-    Works on `params` and on any collection; a stacked tree passes through.
-    """
-    names = sorted((k for k in tree if re.fullmatch(r"blocks_\d+", k)), key=lambda k: int(k[7:]))
-    if not names:
-        return tree
-    rest = {k: v for k, v in tree.items() if k not in names}
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree[k] for k in names))
-    return {**rest, "blocks": stacked}
-
-
-def unstack_layers(tree: dict[str, Any]) -> dict[str, Any]:
-    """`blocks` with a leading L axis -> `blocks_0`..; an unstacked tree passes through."""
-    if "blocks" not in tree:
-        return tree
-    rest = {k: v for k, v in tree.items() if k != "blocks"}
-    depth = jax.tree.leaves(tree["blocks"])[0].shape[0]
-    layers = {
-        f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], tree["blocks"]) for i in range(depth)
-    }
-    return {**rest, **layers}
-
-
-def grouping_of(collections: dict[str, Any]) -> dict[str, Array]:
-    """The sown `grouping` collection by layer: key_norm and allocation (L, K), group_index (L, N).
-
-    With allocation_scope="example" a batch axis follows the layer axis.
-    """
-    return stack_layers(collections["grouping"])["blocks"]["attn"]

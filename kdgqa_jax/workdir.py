@@ -11,11 +11,21 @@ from typing import Any
 from kdgqa_jax.errors import UserError
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write JSON to a temporary file and rename it, so that a kill leaves no half-written file."""
+@contextlib.contextmanager
+def written_file(path: pathlib.Path):
+    """A file to write that appears at `path` only once the block has ended without an error."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write JSON; a kill leaves no half-written file."""
+    with written_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -1,8 +1,10 @@
 """Settings and fixtures shared by the tests."""
 
-import pathlib
+import os
+import shutil
+import tempfile
 
-import numpy as np
+import helpers
 import pytest
 from hypothesis import settings
 
@@ -12,12 +14,22 @@ settings.register_profile("kdgqa", deadline=None, derandomize=True)
 settings.load_profile("kdgqa")
 
 
+def pytest_configure(config):
+    """One compilation cache for all workers and the commands that tests start.
+
+    The same programs come up again and again: in restarted runs, in workers, in subprocesses.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        config.compilation_cache = tempfile.mkdtemp(prefix="kdgqa_tests_")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compilation_cache
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(getattr(config, "compilation_cache", ""), ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Load `tests/goldens/NAME.npz` as a dict of arrays."""
-
-    def load(name: str) -> dict[str, np.ndarray]:
-        with np.load(pathlib.Path(__file__).parent / "goldens" / f"{name}.npz") as data:
-            return dict(data)
-
-    return load
+    return helpers.load_golden

@@ -6,6 +6,7 @@ where they are compared within a tolerance. They share no code with the package.
 
 import functools
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -148,6 +149,16 @@ def tokens(seed: int = 0, batch: int = B, features: int = D) -> np.ndarray:
     return x
 
 
+def randomise(variables, seed: int = 9):
+    """Every array of floats drawn anew, large enough for attention to matter."""
+    leaves, structure = jax.tree.flatten(variables)
+    drawn = [
+        0.3 * normal(seed + i, *x.shape) if jnp.issubdtype(x.dtype, jnp.floating) else np.array(x)
+        for i, x in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, drawn)
+
+
 # --- the rules, as loops ------------------------------------------------------------------------
 
 
@@ -274,3 +285,15 @@ def naive_vit(images, params, index, patch: int, pool: str = "token") -> np.ndar
     else:
         x = naive_norm(x[:, int("cls_token" in params) :].mean(1), params["fc_norm"])
     return x @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def load_golden(name: str) -> dict[str, np.ndarray]:
+    """The arrays of `tests/goldens/NAME.npz`."""
+    with np.load(pathlib.Path(__file__).parent / "goldens" / f"{name}.npz") as data:
+        return dict(data)
+
+
+def golden_weights(golden) -> dict[str, np.ndarray]:
+    """The state dict of a golden run, by PyTorch names."""
+    prefix = "weights/"
+    return {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdgqa_jax import analysis, vit
+from kdgqa_jax import analysis, layers, vit
 from kdgqa_jax.attention import VARIANTS
 
 
@@ -37,7 +37,7 @@ def test_capture_explains_the_output(attention, scan_layers):
     np.testing.assert_allclose(seen.logits, model.apply(variables, images), atol=1e-6)
 
     # The first layer's norms and maps from its parameters, by hand.
-    params = vit.unstack_layers(variables["params"])
+    params = layers.unstack_layers(variables["params"])
     block = params["blocks_0"]
     tokens = model.apply(variables, images, method=lambda m, x: m.patch_embed(x))
     tokens = tokens.reshape(3, 4, 64)

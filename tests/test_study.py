@@ -65,8 +65,8 @@ def test_records(workdir):
         assert record["idle_kv_heads"] == (allocation == 0).sum()
         # 4 layers; key and value: 64 -> K heads of 8, with bias
         assert record["num_kv_params"] == 4 * 2 * 65 * 8 * record["num_kv_heads"]
-        # 0.2 epochs of 1,437 images in batches of 32
-        assert record["steps"] == (0 if record["stage"] == "converted" else 9)
+        # 0.2 epochs of 1,437 images in batches of 64
+        assert record["steps"] == (0 if record["stage"] == "converted" else 4)
         assert 0 <= record["top1"] <= record["top5"] <= 100
     base, gqa = records[0], records[1]
     assert base["num_params"] - gqa["num_params"] == base["num_kv_params"] - gqa["num_kv_params"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import DGQA, VARIANTS, images, tiny_vit, vit_variables
 
-from kdgqa_jax import vit
+from kdgqa_jax import layers, vit
 from kdgqa_jax.attention import remember_key_gradients
 from kdgqa_jax.errors import UserError
 
@@ -35,14 +35,14 @@ def training_step(attention, scan_layers=False, **options):
     model = functools.partial(tiny_vit, attention, window=2, noise_scale=noise_scale, **options)
     variables = vit_variables(tiny_vit(attention, depth=options.get("depth", 2)))
     if scan_layers:
-        variables = {name: vit.stack_layers(tree) for name, tree in variables.items()}
+        variables = {name: layers.stack_layers(tree) for name, tree in variables.items()}
     params, model = variables.pop("params"), model(scan_layers=scan_layers)
     function = jax.grad(functools.partial(loss, model), has_aux=True)
     grads, (logits, captured) = helpers.fast_jit(function)(
         params, variables, images(), jnp.int32(4), helpers.rngs()
     )
-    captured = {name: vit.unstack_layers(tree) for name, tree in captured.items()}
-    return logits, captured, vit.unstack_layers(grads)
+    captured = {name: layers.unstack_layers(tree) for name, tree in captured.items()}
+    return logits, captured, layers.unstack_layers(grads)
 
 
 @functools.cache
@@ -176,7 +176,7 @@ def test_scanned_layers_equal_unrolled_ones(attention):
     assert ("norm_stats" in plain[1]) == (attention in DGQA)
     helpers.assert_trees_close(scanned[1], plain[1], atol=1e-5, rtol=1e-5)
     helpers.assert_trees_close(scanned[2], plain[2], atol=1e-5)
-    allocations = np.array(vit.grouping_of(plain[1])["allocation"])
+    allocations = np.array(layers.grouping_of(plain[1])["allocation"])
     assert allocations.shape == (2, 6 if attention == "mha" else 3)
     if attention in ("kdgqa", *DGQA):
         assert np.any(allocations != 2)
@@ -184,15 +184,15 @@ def test_scanned_layers_equal_unrolled_ones(attention):
 
 def test_layers_are_stacked_in_order_and_back():
     tree = {f"blocks_{i}": {"w": np.full((2, 3), i)} for i in range(12)} | {"norm": np.ones(2)}
-    stacked = vit.stack_layers(tree)
+    stacked = layers.stack_layers(tree)
     np.testing.assert_array_equal(stacked["blocks"]["w"][:, 0, 0], np.arange(12))
     assert set(stacked) == {"blocks", "norm"}
-    helpers.assert_trees_close(vit.unstack_layers(stacked), tree, 0)
-    assert vit.stack_layers(stacked) is stacked
-    assert vit.unstack_layers(tree) is tree
+    helpers.assert_trees_close(layers.unstack_layers(stacked), tree, 0)
+    assert layers.stack_layers(stacked) is stacked
+    assert layers.unstack_layers(tree) is tree
     shapes = helpers.init_shapes(tiny_vit("dgqa_ema", scan_layers=True), images())
     expected = jax.eval_shape(
-        lambda tree: {name: vit.stack_layers(t) for name, t in tree.items()},
+        lambda tree: {name: layers.stack_layers(t) for name, t in tree.items()},
         helpers.init_shapes(tiny_vit("dgqa_ema"), images()),
     )
     assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, expected)
@@ -229,8 +229,8 @@ def test_remembered_gradients_are_the_same_in_both_layouts():
     _, _, grads = training_step("kdgqa")
     stats = {f"blocks_{i}": {"attn": {"key_gradient": jnp.zeros(3)}} for i in range(2)}
     plain = remember_key_gradients(stats, grads)
-    stacked = remember_key_gradients(vit.stack_layers(stats), vit.stack_layers(grads))
-    helpers.assert_trees_close(vit.unstack_layers(stacked), plain, 0, 1e-6)
+    stacked = remember_key_gradients(layers.stack_layers(stats), layers.stack_layers(grads))
+    helpers.assert_trees_close(layers.unstack_layers(stacked), plain, 0, 1e-6)
     key = grads["blocks_1"]["attn"]["key"]
     squares = np.square(key["kernel"]).sum((0, 2)) + np.square(key["bias"]).sum(1)
     np.testing.assert_allclose(
@@ -274,7 +274,7 @@ def test_drop_path_grows_from_none_to_its_full_rate(scan_layers):
     variables = vit_variables(tiny_vit())
     model = tiny_vit(drop_path=1 - 1e-6, scan_layers=scan_layers)
     first = tiny_vit(depth=1)
-    layout = vit.stack_layers if scan_layers else vit.unstack_layers
+    layout = layers.stack_layers if scan_layers else layers.unstack_layers
     params = layout(variables["params"])
     run = helpers.fast_jit(functools.partial(model.apply, train=True))
     dropped = run({"params": params}, images(), rngs=helpers.rngs())

@@ -1,4 +1,4 @@
-"""Conversion of multi-head parameters into grouped ones.
+"""Pooling of key/value heads: parameters of a model with more of them into those of one with fewer.
 
 Heads are grouped contiguously, N/K per group. Key and value kernels *and biases* of a group are
 pooled; query, output projection, MLP, norms, embeddings and head are kept.
@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kdgqa_jax import vit
 from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.layers import stack_layers, unstack_layers
 
 Array = jax.Array
 
@@ -76,8 +76,7 @@ def to_grouped(
       UserError: K does not divide the number of key/value heads, an unknown rule.
     """
     if "blocks" in params:
-        layers = to_grouped(vit.unstack_layers(params), num_kv_heads, pooling, seed)
-        return vit.stack_layers(layers)
+        return stack_layers(to_grouped(unstack_layers(params), num_kv_heads, pooling, seed))
     converted = dict(params)
     layer_names = [name for name in params if name.startswith("blocks_")]
     rngs = jax.random.split(jax.random.key(seed), len(layer_names))

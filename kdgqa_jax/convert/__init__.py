@@ -1,0 +1,27 @@
+"""Checkpoints in and out: reading every ViT that people have, grouping its heads, and back.
+
+    converted = convert.load("vit_base.safetensors", attention="kdgqa", num_kv_heads=6)
+    print(converted.report)
+    converted.save("vit_base_kdgqa")     # a model directory
+
+files.py reads arrays, layouts.py knows what each framework calls them, inference.py finds out the
+architecture, adapt.py changes sizes, pooling.py groups heads; loading.py puts them together, and
+exporting.py goes back to PyTorch names.
+"""
+
+from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed
+from kdgqa_jax.convert.exporting import export, to_pytorch
+from kdgqa_jax.convert.loading import Converted, load
+from kdgqa_jax.convert.pooling import POOLING, pool_heads, to_grouped
+
+__all__ = [
+    "POOLING",
+    "Converted",
+    "adapt_input_channels",
+    "export",
+    "load",
+    "pool_heads",
+    "resize_pos_embed",
+    "to_grouped",
+    "to_pytorch",
+]

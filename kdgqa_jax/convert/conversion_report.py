@@ -1,0 +1,73 @@
+"""What a conversion did with every array."""
+
+import dataclasses
+import re
+from typing import Any
+
+
+@dataclasses.dataclass
+class Entry:
+    """One of our parameters: where it comes from and what was done to it, in order."""
+
+    source: str  # its name in the source; "" for a new one
+    shape: tuple[int, ...] = ()
+    how: list[str] = dataclasses.field(default_factory=list)
+
+
+class ConversionReport:
+    """An entry for every parameter, what was left over in the source, and remarks."""
+
+    HEADER = ("parameter", "shape", "from", "how")
+
+    def __init__(self, source: str):
+        self.source = source
+        self.entries: dict[str, Entry] = {}
+        self.left_over: list[str] = []
+        self.notes: list[str] = []
+
+    def add(self, name: str, source: str, *how: str) -> None:
+        """A parameter that comes from an array of the source."""
+        self.entries[name] = Entry(source, how=[h for h in how if h])
+
+    def changed(self, name: str, how: str) -> None:
+        """Something more was done to a parameter."""
+        self.entries[name].how.append(how)
+
+    def renew(self, name: str, how: str) -> None:
+        """A parameter starts anew."""
+        self.entries[name] = Entry("", how=[how])
+
+    def drop(self, name: str) -> None:
+        """A parameter is no longer there."""
+        self.entries.pop(name, None)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Cells under `HEADER`; what is alike in all blocks is one row."""
+        grouped: dict[tuple[str, ...], list[int]] = {}
+        for name, entry in self.entries.items():
+            number = re.match(r"blocks_(\d+)/", name)
+            cells = (
+                re.sub(r"^blocks_\d+/", "blocks_*/", name),
+                "x".join(map(str, entry.shape)),
+                re.sub(rf"(?<!\d){number[1]}(?!\d)", "*", entry.source, count=1)
+                if number
+                else entry.source,
+                "; ".join(entry.how) or "loaded",
+            )
+            grouped.setdefault(cells, []).append(int(number[1]) if number else -1)
+        rows = []
+        for (name, *rest), numbers in grouped.items():
+            rows.append((name.replace("*", _span(numbers), 1), *rest))
+        return [*rows, *(("", "", name, "left over, as allowed") for name in self.left_over)]
+
+    def to_json(self) -> dict[str, Any]:
+        """What a model directory keeps."""
+        rows = [dict(zip(self.HEADER, row, strict=True)) for row in self.rows()]
+        return {"source": self.source, "notes": self.notes, "parameters": rows}
+
+
+def _span(numbers: list[int]) -> str:
+    """0, 1, 2 -> 0..2; 0, 2, 5 -> 0,2,5."""
+    if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]}..{numbers[-1]}"
+    return ",".join(map(str, numbers))

@@ -1,0 +1,211 @@
+"""The arrays of a file of another framework as parameters of ours."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdgqa_jax import allocation, vit
+from kdgqa_jax.convert import files, inference, preprocessing
+from kdgqa_jax.convert.conversion_report import ConversionReport
+from kdgqa_jax.convert.layouts import Layout
+from kdgqa_jax.errors import UserError
+
+Flat = dict[str, Any]  # arrays by our names, such as "blocks_3/attn/query/kernel"
+
+
+@dataclasses.dataclass
+class Loaded:
+    """A checkpoint as it was found, before anything is converted."""
+
+    arguments: dict[str, Any]  # of vit.create; "attention" is None where the source leaves it open
+    params: Flat
+    norm_stats: Flat
+    description: dict[str, Any]  # the rest of model.json
+    report: ConversionReport
+
+
+@dataclasses.dataclass
+class _File:
+    """A file whose layout is known: its arrays by the names of the layout."""
+
+    source: files.Source
+    layout: Layout
+    arrays: files.Arrays
+
+    def find(self, path: str) -> np.ndarray | None:
+        """The array of one of our names, as it is in the file but for PyTorch's order of axes."""
+        name, third = self.layout.theirs(path)
+        whole = self.arrays.get(name)
+        if whole is None or not self.layout.pytorch or whole.ndim < 2:
+            return whole
+        part = _part(whole, third)
+        return part.T if "/attn/" in path else self.layout.transform(path).read(part, 0)
+
+    def refuse(self, problem: str) -> UserError:
+        return UserError(f"{self.source.path}: {problem}")
+
+
+def load_foreign(
+    place: str,
+    num_heads: int | None,
+    seed: int,
+    allow_missing: Sequence[str],
+    allow_left_over: Sequence[str],
+) -> Loaded:
+    """Read a file or directory of another framework; arguments and errors as `loading.load`."""
+    source = files.read(place)
+    file = _File(source, *inference.recognise(source))
+    names, layout = set(file.arrays), file.layout
+    structure = inference.structure_of(layout, names)
+    depth = len(layout.block_numbers(names))
+    paths = inference.parameter_paths(depth, **structure)
+    caches = {  # the memory of DGQA
+        path: found[0]
+        for path in (f"blocks_{i}/attn/key_norm" for i in range(depth))
+        if (found := layout.theirs(path)) and found[0] in names
+    }
+    left_over = _check_names(file, paths, set(caches.values()), allow_missing, allow_left_over)
+
+    try:
+        arguments, channels = inference.arguments_of(
+            source, layout, structure, file.find, num_heads
+        )
+        arguments["scan_layers"] = False
+        # Whatever the variant will be: its parameters are those of gqa, and mha is gqa with K == N.
+        model = vit.create(**{**arguments, "attention": "gqa"})
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise file.refuse(f"no ViT has arrays of such shapes ({error})") from None
+    heads = model.attention["num_heads"], model.attention["num_kv_heads"]
+
+    report = ConversionReport(place)
+    params = _parameters(file, model, paths, channels, seed, report)
+    norm_stats = _norm_stats(file, caches, *heads, report)
+    report.left_over = left_over
+    report.notes.append(f"recognised as {layout.title}: {source.path.name}")
+    arguments["attention"] = inference.attention_of(source, *heads)
+    description, notes = preprocessing.describe(source, model.image_shape, channels)
+    report.notes += notes
+    description |= {"channels": channels, "class_names": _class_names(source, model.num_classes)}
+    return Loaded(arguments, params, norm_stats, description, report)
+
+
+def _check_names(
+    file: _File,
+    paths: list[str],
+    caches: set[str],
+    allow_missing: Sequence[str],
+    allow_left_over: Sequence[str],
+) -> list[str]:
+    """What is left over; raises UserError for whatever is missing, left over or not of floats."""
+    expected = {file.layout.theirs(path)[0] for path in paths}
+    missing = sorted(expected - file.arrays.keys())
+    left_over = sorted(file.arrays.keys() - expected - caches)
+    no_floats = [
+        f"{name} ({x.dtype})"
+        for name, x in file.arrays.items()
+        if name in expected | caches and x.dtype != np.float32
+    ]
+
+    def refused(names: list[str], allowed: Sequence[str]) -> list[str]:
+        return [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in allowed)]
+
+    problems = {
+        "missing (--allow-missing NAME starts it anew)": refused(missing, allow_missing),
+        "left over (--allow-left-over NAME ignores it)": refused(left_over, allow_left_over),
+        "not of floating point numbers": no_floats,
+    }
+    told = [f"{what}: {', '.join(names)}" for what, names in problems.items() if names]
+    if told:
+        raise file.refuse(f"not complete in the layout of {file.layout.title}; {'; '.join(told)}")
+    return left_over
+
+
+def _parameters(
+    file: _File,
+    model: vit.VisionTransformer,
+    paths: list[str],
+    channels: int,
+    seed: int,
+    report: ConversionReport,
+) -> Flat:
+    """All parameters of `model`; raises UserError for whatever has another shape."""
+
+    def fresh() -> dict[str, Any]:
+        return vit.init_variables(model, jax.random.key(seed), channels)["params"]
+
+    shapes = flax.traverse_util.flatten_dict(jax.eval_shape(fresh), sep="/")
+    head_width = model.width // model.attention["num_heads"]
+    params, missing, wrong = {}, [], []
+    for path in paths:
+        name, third = file.layout.theirs(path)
+        if name not in file.arrays:
+            missing.append(path)
+            report.renew(path, "missing, as allowed: newly initialised")
+            continue
+        transform, array = file.layout.transform(path), file.arrays[name]
+        try:
+            params[path] = transform.read(_part(array, third), head_width)
+            fits = params[path].shape == shapes[path].shape
+        except (ValueError, IndexError):
+            fits = False
+        if not fits:
+            wrong.append(f"{name} {array.shape} does not give {path} {shapes[path].shape}")
+        part = "" if third is None else f"{('first', 'second', 'last')[third]} third"
+        report.add(path, name, part, transform.how)
+    if wrong:
+        raise file.refuse(f"wrong shapes: {'; '.join(wrong)}")
+    if missing:
+        new = flax.traverse_util.flatten_dict(jax.device_get(fresh()), sep="/")
+        params |= {path: new[path] for path in missing}
+    return params
+
+
+def _norm_stats(
+    file: _File,
+    caches: dict[str, str],
+    num_heads: int,
+    num_kv_heads: int,
+    report: ConversionReport,
+) -> Flat:
+    """The caches of the released code as key norms, and the allocations that they stand for.
+
+    A file that we exported says what the allocation was, which may have come from another rule.
+    """
+    norm_stats: Flat = {}
+    stated = file.source.metadata.get("allocation", {})
+    for path, name in caches.items():
+        cache = file.arrays[name]
+        if cache.shape != (num_kv_heads,):
+            raise file.refuse(f"wrong shapes: {name} {cache.shape} instead of {(num_kv_heads,)}")
+        frozen = path.replace("key_norm", "allocation")
+        norm_stats[path] = cache
+        if frozen in stated:
+            norm_stats[frozen] = np.asarray(stated[frozen], np.int32)
+        else:
+            norm_stats[frozen] = np.asarray(allocation.apportion(jnp.asarray(cache), num_heads))
+        report.add(path, name)
+        report.add(frozen, name, "stated in the file" if frozen in stated else "apportioned")
+    return norm_stats
+
+
+def _class_names(source: files.Source, num_classes: int) -> list[str]:
+    """From config.json (Hugging Face: id2label, timm: label_names), else the numbers."""
+    names = source.metadata.get("class_names", source.config.get("label_names"))
+    labels = source.config.get("id2label")
+    if isinstance(labels, dict):
+        names = [labels.get(str(i)) for i in range(num_classes)]
+    if not isinstance(names, list) or len(names) != num_classes or None in names:
+        names = range(num_classes)
+    return [str(name) for name in names]
+
+
+def _part(array: np.ndarray, third: int | None) -> np.ndarray:
+    return array if third is None else np.split(array, 3)[third]

@@ -1,0 +1,279 @@
+"""From a checkpoint of any known kind to a model, its variables, and a report of what was done."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from kdgqa_jax import checkpoint, layers, vit
+from kdgqa_jax.attention import variant_name
+from kdgqa_jax.convert import files
+from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed
+from kdgqa_jax.convert.conversion_report import ConversionReport
+from kdgqa_jax.convert.foreign import Loaded, load_foreign
+from kdgqa_jax.convert.pooling import to_grouped
+from kdgqa_jax.errors import UserError
+from kdgqa_jax.version import versions
+
+
+@dataclasses.dataclass
+class Converted:
+    """A model in memory, as `checkpoint.save_model` writes it, and how it came about."""
+
+    model: vit.VisionTransformer
+    variables: dict[str, Any]  # {"params": ..., and for DGQA "norm_stats": ...}
+    description: dict[str, Any]  # model.json
+    report: ConversionReport
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a model directory, whole or not at all. Raises UserError if something is there."""
+        if pathlib.Path(path).exists():
+            raise UserError(f"{path} exists already; delete it, or choose another place")
+        checkpoint.save_model(path, self.variables, self.description)
+
+
+def load(
+    source: str | os.PathLike,
+    *,
+    attention: str | None = None,
+    num_kv_heads: int | None = None,
+    pooling: str = "mean",
+    seed: int = 0,
+    image_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    num_heads: int | None = None,
+    channels: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_left_over: Sequence[str] = (),
+    allow_nan: bool = False,
+) -> Converted:
+    """Read a checkpoint and convert it to a variant of grouped query attention.
+
+    Args:
+      source: a file or directory of timm, Hugging Face transformers (ViT, DeiT), Google AugReg
+        (.npz) or the paper's released code; a model directory of ours; or "hf:org/name".
+      attention: a name in `attention.VARIANTS`; None: that of the source.
+      num_kv_heads: K; None: that of a grouped source, else N for `mha` and N/2 for the others.
+      pooling: how key/value heads are pooled, a name in `POOLING`.
+      seed: of random pooling and of what starts anew.
+      image_size: side in pixels or (height, width); the position embedding is resized. None: that
+        of the source.
+      num_classes: a number other than the source's gives a new head (0: none). None: as it is.
+      num_heads: N, where the source does not tell.
+      channels: of images: the patch embedding is fitted. None: as it is.
+      mean: of pixel values in 0..1, per channel; None: what the source says, else 0.5.
+      std: of pixel values in 0..1, per channel; None: what the source says, else 0.5.
+      allow_missing: patterns of names that may be missing in the source; they start anew.
+      allow_left_over: patterns of names in the source that are not used.
+      allow_nan: accept arrays that hold NaN or infinity.
+
+    Returns:
+      Model, variables (layers unrolled; those of a directory of ours as they were), description
+      and report.
+
+    Raises:
+      UserError: whatever is wrong with the source (all missing, left-over, misshapen or non-finite
+        arrays at once) or with what is asked for.
+    """
+    source = os.fspath(source)
+    place = files.download(source.removeprefix("hf:")) if source.startswith("hf:") else source
+    if (pathlib.Path(place) / "model.json").is_file():
+        loaded = _load_ours(place)
+    else:
+        loaded = load_foreign(place, num_heads, seed, allow_missing, allow_left_over)
+    loaded.report.source = source
+    if not allow_nan:
+        _refuse_nan(loaded)
+
+    arguments = _wanted(loaded, attention, num_kv_heads, image_size, num_classes, num_heads)
+    before, model = _source_model(loaded), vit.create(**arguments)
+    _fit_head(loaded, before, model)
+    _fit_images(loaded, before, model, channels)
+    _fit_preprocessing(loaded.description, mean, std)
+    _fit_kv_heads(loaded, before, model, pooling, seed)
+    _fit_norm_stats(loaded, before, model)
+    for path, x in {**loaded.params, **loaded.norm_stats}.items():
+        loaded.report.entries[path].shape = x.shape
+
+    variables = {"params": unflatten_dict(loaded.params, sep="/")}
+    if loaded.norm_stats:
+        variables["norm_stats"] = unflatten_dict(loaded.norm_stats, sep="/")
+    if model.scan_layers:
+        variables = {name: layers.stack_layers(tree) for name, tree in variables.items()}
+    description = {
+        **loaded.description,
+        "model": arguments,
+        "converted": loaded.report.to_json(),
+        "versions": versions(),
+    }
+    return Converted(model, variables, description, loaded.report)
+
+
+def _load_ours(place: str) -> Loaded:
+    _, variables, description = checkpoint.load_model(place)
+    variables = jax.device_get(variables)
+    flat = {
+        name: flatten_dict(layers.unstack_layers(tree), sep="/") for name, tree in variables.items()
+    }
+    report = ConversionReport(place)
+    for name in (*flat["params"], *flat.get("norm_stats", {})):
+        report.add(name, name)
+    arguments = description.pop("model")
+    return Loaded(arguments, flat["params"], flat.get("norm_stats", {}), description, report)
+
+
+def _refuse_nan(loaded: Loaded) -> None:
+    arrays = {**loaded.params, **loaded.norm_stats}
+    bad = [
+        loaded.report.entries[path].source or path
+        for path, x in arrays.items()
+        if not np.isfinite(x).all()
+    ]
+    if bad:
+        raise UserError(
+            f"{loaded.report.source}: NaN or infinity in {', '.join(dict.fromkeys(bad))};"
+            " --allow-nan accepts that"
+        )
+
+
+def _source_model(loaded: Loaded) -> vit.VisionTransformer:
+    """A model with the parameters that were found."""
+    attention = loaded.arguments["attention"] or "gqa"
+    return vit.create(**{**loaded.arguments, "attention": attention})
+
+
+def _wanted(
+    loaded: Loaded,
+    attention: str | None,
+    num_kv_heads: int | None,
+    image_size: int | tuple[int, int] | None,
+    num_classes: int | None,
+    num_heads: int | None,
+) -> dict[str, Any]:
+    """The arguments of `vit.create` for what was asked for."""
+    arguments = dict(loaded.arguments)
+    have = _source_model(loaded).attention
+    if num_heads not in (None, have["num_heads"]):
+        raise UserError(
+            f"{loaded.report.source} has {have['num_heads']} query heads, not {num_heads}; leave"
+            " --num-heads out"
+        )
+    attention = attention or arguments["attention"]
+    if attention is None:
+        raise UserError(
+            f"{loaded.report.source} has {have['num_kv_heads']} key/value heads for"
+            f" {have['num_heads']} query heads, which gqa, kdgqa and pgqa store alike; give"
+            " --attention (a file named after its variant needs none)"
+        )
+    if variant_name(attention) == "mha":
+        num_kv_heads = num_kv_heads or have["num_heads"]
+    elif num_kv_heads is None and have["num_kv_heads"] < have["num_heads"]:
+        num_kv_heads = have["num_kv_heads"]
+    asked = {"image_size": image_size, "num_classes": num_classes}
+    arguments |= {name: value for name, value in asked.items() if value is not None}
+    if arguments["num_classes"] != loaded.arguments["num_classes"]:
+        arguments["representation_size"] = 0  # belongs to the old head
+    return {**arguments, "attention": variant_name(attention), "num_kv_heads": num_kv_heads}
+
+
+# --- fitting what was loaded to what is wanted --------------------------------------------------
+
+
+_HEAD = ("head", "head_dist", "pre_logits")
+
+
+def _fit_head(loaded: Loaded, before: vit.VisionTransformer, model: vit.VisionTransformer) -> None:
+    """A zero head for another number of classes; a representation layer goes with the old one."""
+    classes = model.num_classes
+    if classes == before.num_classes:
+        return
+    for name in [n for n in loaded.params if n.split("/")[0] in _HEAD]:
+        del loaded.params[name]
+        loaded.report.drop(name)
+    heads = ("head", "head_dist") if model.distillation == "head" else ("head",)
+    for head in heads if classes else ():
+        for leaf, shape in (("kernel", (model.width, classes)), ("bias", (classes,))):
+            loaded.params[f"{head}/{leaf}"] = np.zeros(shape, np.float32)
+            loaded.report.renew(f"{head}/{leaf}", "new, zero")
+    loaded.description["class_names"] = [str(i) for i in range(classes)]
+    loaded.report.notes.append(
+        f"class head: the one for {before.num_classes} classes dropped, one for {classes} new"
+    )
+
+
+def _fit_images(
+    loaded: Loaded,
+    before: vit.VisionTransformer,
+    model: vit.VisionTransformer,
+    channels: int | None,
+) -> None:
+    """Position embedding for another grid of patches, patch embedding for other channels."""
+    if before.grid != model.grid:
+        loaded.params["pos_embed"] = resize_pos_embed(
+            loaded.params["pos_embed"], before.grid, model.grid, model.num_prefix_tokens
+        )
+        grids = " to ".join("x".join(map(str, m.grid)) for m in (before, model))
+        loaded.report.changed("pos_embed", f"resized {grids} (bicubic)")
+    have = loaded.description["channels"]
+    if channels is not None and channels != have:
+        name = "patch_embed/kernel"
+        loaded.params[name] = adapt_input_channels(loaded.params[name], channels)
+        loaded.report.changed(name, f"from {have} to {channels} input channels")
+        loaded.description["channels"] = channels
+        preprocessing = loaded.description["preprocessing"]
+        for statistic in ("mean", "std"):
+            value = float(np.mean(preprocessing[statistic]))
+            preprocessing[statistic] = [value] * channels
+
+
+def _fit_preprocessing(
+    description: dict[str, Any], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> None:
+    channels = description["channels"]
+    for name, asked in (("mean", mean), ("std", std)):
+        if asked is None:
+            continue
+        if len(asked) not in (1, channels):
+            raise UserError(f"--{name} has {len(asked)} values for {channels} channels")
+        values = [float(x) for x in asked]
+        description["preprocessing"][name] = values * channels if len(values) == 1 else values
+
+
+def _fit_kv_heads(
+    loaded: Loaded,
+    before: vit.VisionTransformer,
+    model: vit.VisionTransformer,
+    pooling: str,
+    seed: int,
+) -> None:
+    have, want = before.attention["num_kv_heads"], model.attention["num_kv_heads"]
+    if have == want:
+        return
+    params = to_grouped(unflatten_dict(loaded.params, sep="/"), want, pooling, seed)
+    loaded.params = flatten_dict(jax.device_get(params), sep="/")
+    for name in loaded.params:
+        if "/attn/key/" in name or "/attn/value/" in name:
+            loaded.report.changed(name, f"pooled {have} to {want} heads ({pooling})")
+
+
+def _fit_norm_stats(
+    loaded: Loaded, before: vit.VisionTransformer, model: vit.VisionTransformer
+) -> None:
+    """DGQA's memory: kept between variants that have one and the same heads, else as it starts."""
+    scanned = model.clone(scan_layers=True)  # traces faster
+    wanted = vit.init_norm_stats(scanned, loaded.description["channels"])
+    wanted = flatten_dict(jax.device_get(layers.unstack_layers(wanted)), sep="/")
+    same_heads = before.attention["num_kv_heads"] == model.attention["num_kv_heads"]
+    kept = {path: x for path, x in loaded.norm_stats.items() if path in wanted and same_heads}
+    for path in loaded.norm_stats.keys() - kept.keys():
+        loaded.report.drop(path)
+    for path in wanted.keys() - kept.keys():
+        loaded.report.renew(path, "new: no norms yet, equal groups")
+    loaded.norm_stats = {**wanted, **kept}

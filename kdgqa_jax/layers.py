@@ -1,0 +1,53 @@
+"""Trees of variables: the two layouts of the layers, what was sown in them, their sizes.
+
+Unrolled layers are `blocks_0`, `blocks_1`, ...; scanned ones one `blocks` with a leading L axis.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def stack_layers(tree: dict[str, Any]) -> dict[str, Any]:
+    """`blocks_0`.. -> `blocks` with a leading L axis (the layout of scan_layers=True).
+
+    Works on `params` and on any collection; a stacked tree passes through.
+    """
+    names = sorted((k for k in tree if re.fullmatch(r"blocks_\d+", k)), key=lambda k: int(k[7:]))
+    if not names:
+        return tree
+    rest = {k: v for k, v in tree.items() if k not in names}
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree[k] for k in names))
+    return {**rest, "blocks": stacked}
+
+
+def unstack_layers(tree: dict[str, Any]) -> dict[str, Any]:
+    """`blocks` with a leading L axis -> `blocks_0`..; an unstacked tree passes through."""
+    if "blocks" not in tree:
+        return tree
+    rest = {k: v for k, v in tree.items() if k != "blocks"}
+    depth = jax.tree.leaves(tree["blocks"])[0].shape[0]
+    layers = {
+        f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], tree["blocks"]) for i in range(depth)
+    }
+    return {**rest, **layers}
+
+
+def grouping_of(collections: dict[str, Any]) -> dict[str, Array]:
+    """The sown `grouping` collection by layer: key_norm and allocation (L, K), group_index (L, N).
+
+    With allocation_scope="example" a batch axis follows the layer axis.
+    """
+    return stack_layers(collections["grouping"])["blocks"]["attn"]
+
+
+def count_parameters(params: dict[str, Any]) -> tuple[int, int]:
+    """(all parameters, those of the key and value projections), layers in either layout."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sizes = [({entry.key for entry in path}, x.size) for path, x in leaves]
+    kv = sum(size for names, size in sizes if "attn" in names and names & {"key", "value"})
+    return sum(size for _, size in sizes), kv

@@ -1,0 +1,223 @@
+"""Predictions of a model directory: logits of arrays, top classes of image files."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdgqa_jax import checkpoint, layers, vit, workdir
+from kdgqa_jax.data import images as image_files
+from kdgqa_jax.errors import UserError
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class Predictions:
+    """n images; L layers, K key/value heads."""
+
+    logits: np.ndarray  # (n, num_classes) float32
+    # Query heads per key/value head: (batches, L, K) int32, or (n, L, K) in example scope.
+    allocation: np.ndarray
+
+
+def _step(model: vit.VisionTransformer, variables: dict[str, Any], images: Array, mask: Array):
+    logits, collections = model.apply(
+        variables,
+        images,
+        mask=mask,
+        mutable=["grouping"],
+        rngs={"noise": jax.random.key(0)},  # for pgqa with noise_at_eval only
+    )
+    return logits, layers.grouping_of(collections)["allocation"]
+
+
+def predict_batches(
+    model: vit.VisionTransformer,
+    variables: dict[str, Any],
+    batches: Iterable[np.ndarray],
+    batch_size: int,
+) -> Predictions:
+    """Predictions for batches of at most `batch_size` images; one compilation.
+
+    Smaller batches are padded and masked, so that padding changes no prediction. In batch scope the
+    grouping of `kdgqa`, and so its logits, depends on which images share a batch.
+
+    Args:
+      model: any variant.
+      variables: {"params": ..., and for DGQA "norm_stats": ...}.
+      batches: (n, height, width, channels) float32 each, normalised.
+      batch_size: the largest n.
+    """
+    step = jax.jit(_step, static_argnums=0)
+    logits, allocations = [], []
+    for images in batches:
+        count = len(images)
+        padded = np.pad(images, [(0, batch_size - count)] + [(0, 0)] * (images.ndim - 1))
+        found, allocation = jax.device_get(
+            step(model, variables, jnp.asarray(padded), jnp.arange(batch_size) < count)
+        )
+        logits.append(found[:count])
+        if allocation.ndim == 3:  # (L, B, K) in example scope
+            allocations += list(np.moveaxis(allocation[:, :count], 1, 0))
+        else:
+            allocations.append(allocation)
+    return Predictions(np.concatenate(logits), np.stack(allocations))
+
+
+def predict_array(
+    model: vit.VisionTransformer,
+    variables: dict[str, Any],
+    images: np.ndarray,
+    batch_size: int = 256,
+) -> Predictions:
+    """Predictions for (n, height, width, channels) float32 images, normalised."""
+    batch_size = min(batch_size, len(images))
+    batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+    return predict_batches(model, variables, batches, batch_size)
+
+
+def read_array(path: pathlib.Path, model: vit.VisionTransformer, channels: int) -> np.ndarray:
+    """The images in a .npy file. Raises UserError unless float32 NHWC of the model's size."""
+    try:
+        images = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a NumPy array that can be read ({error})") from None
+    expected = (*model.image_shape, channels)
+    if not isinstance(images, np.ndarray) or images.dtype != np.float32 or images.ndim != 4:
+        what = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else "an archive"
+        raise UserError(
+            f"{path}: {what}; expected normalised float32 images (n, height, width, channels)"
+        )
+    if images.shape[1:] != expected or not len(images):
+        raise UserError(f"{path}: images {images.shape}; the model takes {('n', *expected)}")
+    return images
+
+
+def predict_files(
+    directory: str | os.PathLike,
+    places: Sequence[str | os.PathLike],
+    batch_size: int = 256,
+) -> tuple[list[str], Predictions, list[str]]:
+    """(names of the images, predictions, class names) for a .npy file, or image files and folders.
+
+    Args:
+      directory: a model directory.
+      places: one .npy file of normalised float32 NHWC images, or image files and folders, which are
+        prepared as the model directory says.
+      batch_size: images per batch.
+
+    Raises:
+      UserError: no model there, or images that cannot be read or do not fit.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} must be at least 1")
+    model, variables, description = checkpoint.load_model(directory)
+    channels, classes = description["channels"], description["class_names"]
+    first = pathlib.Path(places[0])
+    if first.suffix == ".npy":
+        if len(places) > 1:
+            raise UserError("give one .npy file, or image files and folders")
+        images = read_array(first, model, channels)
+        names = [str(i) for i in range(len(images))]
+        return names, predict_array(model, variables, images, batch_size), classes
+
+    paths = image_files.find(places)
+    preprocessing = image_files.Preprocessing(**description["preprocessing"])
+
+    def batches() -> Iterator[np.ndarray]:
+        for i in range(0, len(paths), batch_size):
+            chunk = paths[i : i + batch_size]
+            pixels = [
+                image_files.read(path, model.image_shape, channels, preprocessing) for path in chunk
+            ]
+            yield preprocessing.normalise(np.stack(pixels))
+
+    predictions = predict_batches(model, variables, batches(), min(batch_size, len(paths)))
+    return [str(path) for path in paths], predictions, classes
+
+
+def top_classes(
+    logits: np.ndarray, class_names: Sequence[str], count: int = 5
+) -> list[list[tuple[str, float]]]:
+    """For each image its `count` most probable classes and their probabilities, best first."""
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities = shifted / shifted.sum(axis=-1, keepdims=True)
+    best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :count]
+    return [
+        [(class_names[i], float(row[i])) for i in chosen]
+        for row, chosen in zip(probabilities, best, strict=True)
+    ]
+
+
+def describe_allocation(allocations: np.ndarray) -> list[str]:
+    """A line per layer: the allocations that its batches (or images) had, (n, L, K)."""
+    lines = []
+    for layer in range(allocations.shape[1]):
+        rows, counts = np.unique(allocations[:, layer], axis=0, return_counts=True)
+        shown = [" ".join(map(str, row)) for row in rows[np.argsort(-counts, kind="stable")]]
+        more = f" (and {len(shown) - 1} others)" if len(shown) > 1 else ""
+        lines.append(f"layer {layer}: query heads per key/value head {shown[0]}{more}")
+    return lines
+
+
+def write(
+    path: str | os.PathLike,
+    names: Sequence[str],
+    predictions: Predictions,
+    class_names: Sequence[str],
+    top: int = 5,
+) -> None:
+    """Write .npy (logits, float32), .csv or .json (top classes); whole or not at all.
+
+    Raises UserError: another kind of file, or it cannot be written.
+    """
+    path = pathlib.Path(path)
+    check_output(path)
+    try:
+        with workdir.written_file(path) as temporary:
+            best = top_classes(predictions.logits, class_names, top)
+            temporary.write_bytes(_WRITERS[path.suffix](names, predictions.logits, best))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error})") from None
+
+
+def check_output(path: str | os.PathLike) -> None:
+    """Raise UserError for a kind of file that `write` does not know."""
+    suffix = pathlib.Path(path).suffix
+    if suffix not in _WRITERS:
+        raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(_WRITERS)}")
+
+
+def _npy(names: Sequence[str], logits: np.ndarray, top: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, logits)
+    return file.getvalue()
+
+
+def _csv(names: Sequence[str], logits: np.ndarray, top: Any) -> bytes:
+    file = io.StringIO(newline="")
+    rows = csv.writer(file)
+    rows.writerow(["image", "rank", "class", "probability"])
+    for name, classes in zip(names, top, strict=True):
+        rows.writerows([name, i, *found] for i, found in enumerate(classes, 1))
+    return file.getvalue().encode()
+
+
+def _json(names: Sequence[str], logits: np.ndarray, top: Any) -> bytes:
+    records = [
+        {"image": name, "classes": [{"name": n, "probability": p} for n, p in classes]}
+        for name, classes in zip(names, top, strict=True)
+    ]
+    return (json.dumps(records, indent=2) + "\n").encode()
+
+
+_WRITERS = {".npy": _npy, ".csv": _csv, ".json": _json}
