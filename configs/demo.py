@@ -11,17 +11,17 @@ from kdgqa_jax.config import parse_arg, study_config
 from kdgqa_jax.errors import unknown
 
 PLANS = {
-    "digits": {"model": "mu/2", "side": 8, "batch": 64, "epochs": (45.0, 7.0), "window": 50},
+    "digits": {"model": "mu/2", "side": 8, "batch": 64, "epochs": (45.0, 7.0), "window": 55},
     "fashion_mnist": {
         "model": "mu/4",
         "side": 28,
         "batch": 128,
         "epochs": (4.0, 1.0),
-        "window": 150,
+        "window": 160,
     },
 }
-"""epochs: of pretraining, and of uptraining and fine-tuning each; window: about three updates of
-DGQA's allocation in each of those."""
+"""epochs: of pretraining, and of uptraining and fine-tuning each; window: three updates of DGQA's
+allocation in each of those, the last one with a third of the steps left to get used to it."""
 
 
 def get_config(arg=""):

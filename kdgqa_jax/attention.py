@@ -158,6 +158,12 @@ class GroupedQueryAttention(nn.Module):
         """The row of `VARIANTS`."""
         return VARIANTS[variant_name(self.attention)]
 
+    @property
+    def has_memory(self) -> bool:
+        """The collection `norm_stats` has entries for this layer."""
+        rule = self.variant.rule is not None
+        return rule and (self.variant.remembers or self.importance == "gradient")
+
     def check(self) -> int:
         """Raise UserError for options that do not fit; return K."""
         num_kv_heads = resolve_num_kv_heads(self.attention, self.num_heads, self.num_kv_heads)
@@ -272,6 +278,12 @@ class GroupedQueryAttention(nn.Module):
         """(N,) or (B, N) int32; None for the equal grouping. Updates `norm_stats`."""
         variant = self.variant
         equal = alloc.equal_allocation(self.num_heads, num_kv_heads)
+        there = any(self.has_variable("norm_stats", n) for n in ("key_norm", "key_gradient"))
+        if self.has_memory and not there and not self.is_mutable_collection("norm_stats"):
+            raise UserError(
+                f"attention {self.attention!r} reads its memory from the collection 'norm_stats',"
+                " which is missing; pass all variables that init gave, not the params alone"
+            )
         if variant.rule is None and not self.is_mutable_collection("grouping"):
             return None
 

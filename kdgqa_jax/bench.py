@@ -1,5 +1,10 @@
-"""Variants side by side on this device: memory of the compiled training step, and its rate."""
+"""What things cost on this machine: a training step of each variant, a conversion."""
 
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-from rich.console import Console
-from rich.table import Table
+import numpy as np
 
 from kdgqa_jax import config as config_lib
-from kdgqa_jax import sharding, train, vit
+from kdgqa_jax import convert, sharding, train, vit
+from kdgqa_jax.console import table
+from kdgqa_jax.errors import UserError
 
 MIB = 2**20
 
@@ -78,12 +84,9 @@ def bench_train(
 def _print(results: list[dict[str, Any]], config: ml_collections.ConfigDict) -> None:
     device = jax.devices()[0]
     title = f"{config.model.name}, batch {config.batch_size}, {config.model.dtype}"
-    table = Table(title=f"training step: {title}, {device.device_kind} ({device.platform})")
-    columns = ["variant", "temporary MiB", "ratio", "state MiB", "compile s"]
     timed = "step_seconds" in results[0]
-    for i, column in enumerate(columns + ["step s", "ratio"] * timed):
-        table.add_column(column, justify="right" if i else "left")
-    first = results[0]
+    header = ["variant", "temporary MiB", "ratio", "state MiB", "compile s"]
+    first, rows = results[0], []
     for result in results:
         row = [
             result["variant"],
@@ -95,8 +98,9 @@ def _print(results: list[dict[str, Any]], config: ml_collections.ConfigDict) -> 
         if timed:
             seconds = result["step_seconds"]
             row += [f"{seconds:.3f}", f"{seconds / first['step_seconds']:.3f}"]
-        table.add_row(*row)
-    Console().print(table)
+        rows.append(row)
+    title = f"training step: {title}, {device.device_kind} ({device.platform})"
+    table(header + ["step s", "ratio"] * timed, rows, title, numbers=True)
 
 
 def bench_config(model: str, num_kv_heads: int | None, batch_size: int, dtype: str) -> Any:
@@ -107,3 +111,41 @@ def bench_config(model: str, num_kv_heads: int | None, batch_size: int, dtype: s
     config.model.dtype = dtype
     config.batch_size = batch_size
     return config
+
+
+def bench_convert(model: str) -> dict[str, float]:
+    """Convert a random checkpoint of a size, timm's layout, by the command line; print a table.
+
+    Returns:
+      file_bytes, peak_bytes (resident memory of the converting process), seconds (of the process,
+      imports included).
+    """
+    from safetensors.numpy import save_file
+
+    vision = vit.create(model, num_classes=1000)
+    shapes = jax.eval_shape(lambda: vit.init_variables(vision, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), shapes)
+    with tempfile.TemporaryDirectory() as folder:
+        source = pathlib.Path(folder) / "timm.safetensors"
+        save_file(convert.to_pytorch(vision, variables), source)
+        del variables
+        command = [sys.executable, "-m", "kdgqa_jax.cli", "convert", "--attention", "gqa"]
+        command += ["--source", str(source), "--out", str(pathlib.Path(folder) / "model")]
+        started = time.monotonic()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - started
+        if os.waitstatus_to_exitcode(status):
+            raise UserError(f"converting a random {model} failed; see above")
+        size, peak = source.stat().st_size, usage.ru_maxrss * 1024
+    row = [
+        model,
+        f"{size / MIB:,.0f}",
+        f"{peak / MIB:,.0f}",
+        f"{peak / size:.2f}",
+        f"{seconds:.1f}",
+    ]
+    header = ["model", "file MiB", "peak memory MiB", "ratio", "seconds"]
+    table(header, [row], "kdgqa convert --attention gqa", numbers=True)
+    return {"file_bytes": size, "peak_bytes": peak, "seconds": seconds}

@@ -1,7 +1,7 @@
 """Saving and restoring: the state of a training run, and self-contained model directories.
 
 A model directory holds `model.json` (how to build the model, its classes and preprocessing, where
-it comes from) and `weights` (params and norm_stats, written by Orbax).
+it comes from) and `weights.safetensors` (params and norm_stats, by their paths).
 """
 
 import os
@@ -9,10 +9,14 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from kdgqa_jax import vit, workdir
 from kdgqa_jax.errors import UserError
+
+WEIGHTS = "weights.safetensors"
 
 
 def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -36,7 +40,8 @@ class StateCheckpoints:
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
         """Save in the background, unless this step is saved already; `position` is JSON."""
         if self.latest_step != step:
-            self._checkpointer.save_async(step, state, custom_metadata=position)
+            # Without force, a save is skipped while the one before it is under way.
+            self._checkpointer.save_async(step, state, custom_metadata=position, force=True)
 
     @property
     def latest_step(self) -> int | None:
@@ -66,26 +71,55 @@ def save_model(
       description: JSON values; "model" holds the arguments of `vit.create`, "channels" the number
         of image channels.
     """
+    from safetensors.numpy import save_file
+
+    flat = flatten_dict(jax.device_get(variables), sep="/")
     with workdir.written_whole(pathlib.Path(path).absolute()) as folder:
         workdir.write_json(folder / "model.json", description)
-        ocp.save(folder / "weights", {name: tree for name, tree in variables.items() if tree})
+        arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
+        save_file(arrays, folder / WEIGHTS)
 
 
 def load_model(
     path: str | os.PathLike,
 ) -> tuple[vit.VisionTransformer, dict[str, Any], dict[str, Any]]:
-    """(model, variables, description) of a model directory.
+    """(model, variables as NumPy arrays, description) of a model directory.
 
-    Raises UserError if the directory does not hold a model.
+    Raises UserError if the directory does not hold a model, or a damaged one.
     """
     path = pathlib.Path(path).absolute()
-    if not (path / "model.json").is_file() or not (path / "weights").is_dir():
-        raise UserError(f"{path} is not a model directory: it lacks model.json or weights")
+    if not (path / "model.json").is_file() or not (path / WEIGHTS).is_file():
+        raise UserError(f"{path} is not a model directory: it lacks model.json or {WEIGHTS}")
     description = workdir.read_json(path / "model.json")
-    model = vit.create(**description["model"])
-    shapes = jax.eval_shape(
-        lambda: vit.init_variables(model, jax.random.key(0), description["channels"])
-    )
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    variables = ocp.load(path / "weights", abstract(shapes, device))
-    return model, variables, description
+    try:
+        model, channels = vit.create(**description["model"]), description["channels"]
+        shapes = jax.eval_shape(lambda: vit.init_variables(model, jax.random.key(0), channels))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / 'model.json'} does not describe a model ({error!r})") from None
+    except UserError as error:
+        raise UserError(f"{path / 'model.json'}: {error}") from None
+    expected = flatten_dict(shapes, sep="/")
+    arrays = _read(path / WEIGHTS)
+    wrong = [
+        f"{name} ({_shown(arrays.get(name))} there, {_shown(expected.get(name))} in model.json)"
+        for name in sorted(expected.keys() | arrays.keys())
+        if _shown(arrays.get(name)) != _shown(expected.get(name))
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise UserError(f"{path / WEIGHTS} does not fit: {'; '.join(wrong[:4])}{more}")
+    return model, unflatten_dict(arrays, sep="/"), description
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # a parser of damaged files raises anything
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {reason})") from None
+
+
+def _shown(array: Any) -> str:
+    return "nothing" if array is None else f"{array.dtype}{list(array.shape)}"

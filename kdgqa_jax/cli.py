@@ -41,6 +41,9 @@ def _train(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     from kdgqa_jax import bench, config
 
+    if arguments.what == "convert":
+        bench.bench_convert(arguments.model)
+        return
     settings = bench.bench_config(
         arguments.model, arguments.num_kv_heads, arguments.batch_size, arguments.dtype
     )
@@ -119,7 +122,7 @@ def _add_workdir(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["train"], help="what is measured")
+    parser.add_argument("what", choices=["train", "convert"], help="what is measured")
     parser.add_argument("--model", default="B/16", help="SIZE/PATCH")
     parser.add_argument("--variants", default="gqa,kdgqa,dgqa_ema", help="the first one is the 1")
     parser.add_argument("--num-kv-heads", type=int, help="key/value heads; none: half")
@@ -194,7 +197,7 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "convert": ("a checkpoint to a grouped variant, or back to PyTorch", _add_convert, _convert),
     "predict": ("logits or top classes of images", _add_predict, _predict),
     "inspect": ("what a model directory holds", _add_checkpoint, _inspect),
-    "bench": ("memory and rate of the variants on this device", _add_bench, _bench),
+    "bench": ("what training steps and conversions cost on this machine", _add_bench, _bench),
 }
 """Command: (what it does, adds its flags, runs it)."""
 
@@ -229,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.overrides = arguments_left
     try:
         if arguments_left and arguments.command in _WITHOUT_CONFIG:
-            flags = [f"--{name.replace('_', '-')}" for name in vars(arguments)]
+            names = vars(arguments).keys() - {"command", "run", "overrides"}
+            flags = sorted(f"--{name.replace('_', '-')}" for name in names)
             raise unknown("argument", arguments_left[0], flags)
         arguments.run(arguments)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ embedding. `create("S/16", attention="kdgqa", num_kv_heads=3)` builds a Flax mod
 """
 
 import dataclasses
+import numbers
 import re
 from typing import Any
 
@@ -17,6 +18,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from kdgqa_jax.attention import GroupedQueryAttention
+from kdgqa_jax.block import Block, layer_norm
 from kdgqa_jax.errors import UserError, check_rates, unknown
 
 Array = jax.Array
@@ -41,82 +43,6 @@ _CHOICES = {
     "distillation": ("none", "token", "head"),
     "remat": REMAT_POLICIES,
 }
-
-_kernel_init = nn.initializers.xavier_uniform()  # as the original ViT has it
-
-
-def drop_path(x: Array, rate: Array | float, rng: Array) -> Array:
-    """Stochastic depth: zero the branch BTD of random images and scale up that of the others."""
-    kept = jax.random.bernoulli(rng, 1.0 - rate, (x.shape[0], 1, 1))
-    return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
-
-
-def gelu(x: Array) -> Array:
-    """Exact GELU, x/2 (1 + erf(x / sqrt 2)), as timm has it.
-
-    Not `nn.gelu(approximate=False)`: that takes erfc, which costs several times as much on CPUs.
-    """
-    wide = x.astype(jnp.float32)  # 1 + erf cancels where x is well below zero
-    return (wide * (0.5 * (1.0 + jax.lax.erf(wide * 0.5**0.5)))).astype(x.dtype)
-
-
-class Mlp(nn.Module):
-    """fc1, erf GELU, fc2: BTD -> BTD."""
-
-    mlp_width: int
-    dropout: float = 0.0
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        width = x.shape[-1]
-        common = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": _kernel_init}
-        x = nn.Dense(self.mlp_width, name="fc1", **common)(x)
-        x = gelu(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = nn.Dense(width, name="fc2", **common)(x)
-        return nn.Dropout(self.dropout, deterministic=not train)(x)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: BTD -> BTD (and None, the empty output of a scan)."""
-
-    mlp_width: int
-    attention: FrozenDict[str, Any]  # fields of GroupedQueryAttention
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        drop_path_rate: Array | float | None,
-        train: bool,
-        step: Array | int | None,
-        mask: Array | None,
-    ) -> tuple[Array, None]:
-        common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-
-        def residual(x: Array, branch: Array) -> Array:
-            if train and drop_path_rate is not None:
-                branch = drop_path(branch, drop_path_rate, self.make_rng("dropout"))
-            return x + branch
-
-        attention = GroupedQueryAttention(
-            **self.attention, dropout=self.dropout, kernel_init=_kernel_init, name="attn", **common
-        )
-        y = layer_norm(self.norm_epsilon, "norm1", **common)(x)
-        x = residual(x, attention(y, train=train, step=step, mask=mask))
-        y = layer_norm(self.norm_epsilon, "norm2", **common)(x)
-        return residual(x, Mlp(self.mlp_width, self.dropout, name="mlp", **common)(y, train)), None
-
-
-def layer_norm(epsilon: float, name: str | None = None, **common: Any) -> nn.LayerNorm:
-    """LayerNorm; statistics in float32."""
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, name=name, **common)
 
 
 class VisionTransformer(nn.Module):
@@ -320,6 +246,26 @@ def _field_names(module: type) -> set[str]:
 _VIT_FIELDS = _field_names(VisionTransformer)
 _ATTENTION_FIELDS = _field_names(GroupedQueryAttention) - _VIT_FIELDS - {"kernel_init"}
 
+_KINDS = {int: numbers.Integral, float: numbers.Real, str: str, bool: bool}
+_OPTION_KINDS = {
+    field.name: _KINDS[kind]
+    for module in (VisionTransformer, GroupedQueryAttention)
+    for field in dataclasses.fields(module)
+    for kind in _KINDS
+    if field.type in (kind, kind | None)
+}
+"""What the value of an option has to be, where that is a number, a string or a flag."""
+
+
+def _check_kinds(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        kind = _OPTION_KINDS.get(name)
+        if kind is None or value is None:
+            continue
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            expected = next(k.__name__ for k, v in _KINDS.items() if v is kind)
+            raise UserError(f"model option {name}={value!r} must be of type {expected}")
+
 
 def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransformer:
     """A ViT by name.
@@ -348,6 +294,7 @@ def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransf
     for option in fields:
         if option not in _VIT_FIELDS | _ATTENTION_FIELDS:
             raise unknown("model option", option, sorted(_VIT_FIELDS | _ATTENTION_FIELDS))
+    _check_kinds(fields)
     attention_fields = {k: fields.pop(k) for k in list(fields) if k in _ATTENTION_FIELDS}
     layer = GroupedQueryAttention(attention=attention, **attention_fields)
     num_kv_heads = layer.check()
@@ -366,16 +313,20 @@ def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransf
             raise unknown(option, getattr(model, option), known)
     if model.distillation != "none" and model.pool != "token":
         raise UserError(f'distillation={model.distillation!r} needs pool "token"')
-    if model.patch_size < 1:
-        raise UserError(f"patch size {model.patch_size} must be at least 1 pixel")
-    shape = model.image_shape
-    if len(shape) != 2 or any(side < 1 or side % model.patch_size for side in shape):
+    for option in ("width", "depth", "mlp_width", "patch_size"):
+        if getattr(model, option) < 1:
+            raise UserError(f"model option {option}={getattr(model, option)} must be at least 1")
+    size = model.image_size
+    shape = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    whole = len(shape) == 2 and all(isinstance(side, numbers.Integral) for side in shape)
+    if not whole or any(side < 1 or side % model.patch_size for side in shape):
         raise UserError(
             f"image size {shape} must be positive multiples of the patch size {model.patch_size}:"
             " a side, or (height, width)"
         )
-    if model.num_classes < 0:
-        raise UserError(f"num_classes={model.num_classes} must not be negative; 0 means no head")
+    for option in ("num_classes", "representation_size"):
+        if getattr(model, option) < 0:
+            raise UserError(f"{option}={getattr(model, option)} must not be negative; 0: none")
     check_rates(dropout=model.dropout, drop_path=model.drop_path)
     if model.pool == "token" and not model.class_token:
         raise UserError('pool "token" needs class_token=True; use pool "avg" without a class token')
@@ -390,6 +341,8 @@ def init_variables(model: VisionTransformer, rng: Array, channels: int = 3) -> d
 
 def init_norm_stats(model: VisionTransformer, channels: int = 3) -> dict[str, Any]:
     """The collection `norm_stats` as it starts: no norms, equal allocations; {} without memory."""
+    if not GroupedQueryAttention(**model.attention).has_memory:
+        return {}
     # Parameters are not returned, so none is computed.
     return jax.jit(
         lambda: init_variables(model, jax.random.key(0), channels).get("norm_stats", {})

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from typing import Any
 
 from kdgqa_jax.errors import UserError
@@ -14,12 +13,12 @@ from kdgqa_jax.errors import UserError
 @contextlib.contextmanager
 def written_file(path: pathlib.Path):
     """A file to write that appears at `path` only once the block has ended without an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield partial
+        os.replace(partial, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -85,14 +84,17 @@ def claim(workdir: str | os.PathLike, config: dict[str, Any]) -> pathlib.Path:
 
 @contextlib.contextmanager
 def written_whole(path: pathlib.Path):
-    """A directory that appears at `path` only once the block has ended without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    """A directory that appears at `path` only once the block has ended without an error.
+
+    Until then it is `.NAME.partial` beside it; what a kill has left there is replaced.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        yield temporary
+        yield partial
         if path.exists():
             shutil.rmtree(path)
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import DGQA, VARIANTS, images, tiny_vit, vit_variables
 
-from kdgqa_jax import layers, vit
+from kdgqa_jax import block, layers, vit
 from kdgqa_jax.attention import remember_key_gradients
 from kdgqa_jax.errors import UserError
 
@@ -262,7 +262,7 @@ def test_no_loop_is_lowered(attention):
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
     x = helpers.normal(0, 4000, 2, 3)
-    y = np.asarray(helpers.fast_jit(vit.drop_path)(x, 0.3, jax.random.key(0)))
+    y = np.asarray(helpers.fast_jit(block.drop_path)(x, 0.3, jax.random.key(0)))
     dropped = (y == 0).all((1, 2))
     assert abs(dropped.mean() - 0.3) < 0.03
     np.testing.assert_allclose(y[~dropped], x[~dropped] / 0.7, rtol=1e-6)

@@ -76,13 +76,16 @@ def load_foreign(
         arguments, channels = inference.arguments_of(
             source, layout, structure, file.find, num_heads
         )
-        arguments["scan_layers"] = False
-        # Whatever the variant will be: its parameters are those of gqa, and mha is gqa with K == N.
-        model = vit.create(**{**arguments, "attention": "gqa"})
     except UserError:
         raise
     except (ValueError, TypeError) as error:
         raise file.refuse(f"no ViT has arrays of such shapes ({error})") from None
+    arguments["scan_layers"] = False
+    try:
+        # Whatever the variant will be: its parameters are those of gqa, and mha is gqa with K == N.
+        model = vit.create(**{**arguments, "attention": "gqa"})
+    except (UserError, TypeError) as error:
+        raise file.refuse(str(error)) from None
     heads = model.attention["num_heads"], model.attention["num_kv_heads"]
 
     report = ConversionReport(place)

@@ -129,6 +129,12 @@ def arguments_of(
             )
         return array.shape
 
+    for field, ours in (("hidden_act", "gelu"), ("pooler_act", "tanh")):
+        if source.config.get(field, ours) != ours:
+            raise UserError(
+                f"{source.path.parent / 'config.json'}: {field}={source.config[field]!r}; the model"
+                f" here has {ours!r} alone"
+            )
     patch_height, patch_size, channels, width = shape("patch_embed/kernel", 4)
     if patch_height != patch_size:
         raise UserError(f"{source.path}: patches of {patch_height}x{patch_size} are not square")
