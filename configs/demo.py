@@ -11,17 +11,17 @@ from kdgqa_jax.config import parse_arg, study_config
 from kdgqa_jax.errors import unknown
 
 PLANS = {
-    "digits": {"model": "mu/2", "side": 8, "batch": 64, "epochs": (45.0, 7.0), "window": 55},
+    "digits": {"model": "mu/2", "side": 8, "batch": 64, "epochs": (45.0, 7.0), "window": 80},
     "fashion_mnist": {
         "model": "mu/4",
         "side": 28,
         "batch": 128,
         "epochs": (4.0, 1.0),
-        "window": 160,
+        "window": 240,
     },
 }
-"""epochs: of pretraining, and of uptraining and fine-tuning each; window: three updates of DGQA's
-allocation in each of those, the last one with a third of the steps left to get used to it."""
+"""epochs: of pretraining, and of uptraining and fine-tuning each; window: two updates of DGQA's
+allocation in each of those, at the start and half-way, so that weights have time to follow."""
 
 
 def get_config(arg=""):

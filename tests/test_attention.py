@@ -398,3 +398,12 @@ def test_bad_options_are_told_in_one_sentence(options, message):
     with pytest.raises(UserError, match=message) as caught:
         jax.eval_shape(GroupedQueryAttention(**fields).init, jax.random.key(0), tokens())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("attention", helpers.DGQA)
+def test_missing_memory_is_told_in_one_sentence(attention):
+    layer = GroupedQueryAttention(num_heads=6, num_kv_heads=3, attention=attention)
+    x = helpers.tokens()
+    variables = helpers.fast_jit(layer.init)(jax.random.key(0), x)
+    with pytest.raises(UserError, match="reads its memory from the collection 'norm_stats'"):
+        layer.apply({"params": variables["params"]}, x)

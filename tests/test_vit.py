@@ -372,7 +372,16 @@ def test_bad_options_are_told_in_one_sentence(name, options, message):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("mu/0", {}, "patch size 0"),
+        ("mu/0", {}, "patch_size=0 must be at least 1"),
+        ("mu/2", {"depth": 0}, "depth=0 must be at least 1"),
+        ("mu/2", {"num_classes": -1}, "num_classes=-1 must not be negative"),
+        ("mu/2", {"image_size": 8.0}, r"\(8.0, 8.0\)"),
+        ("mu/2", {"width": "64"}, "width='64' must be of type int"),
+        ("mu/2", {"num_kv_heads": "4"}, "num_kv_heads='4' must be of type int"),
+        ("mu/2", {"scan_layers": 1}, "scan_layers=1 must be of type bool"),
+        ("mu/2", {"dropout": True}, "dropout=True must be of type float"),
+        ("mu/2", {"distillation": "token", "pool": "avg"}, "distillation='token' needs pool"),
+        ("custom/4", {"width": 8, "depth": 1}, "needs the options num_heads, mlp_width"),
         ("mu/2", {"num_heads": 0}, "num_heads=0"),
         ("mu/2", {"image_size": (8, 8, 8)}, r"\(8, 8, 8\)"),
         ("mu/2", {"attn_dropout": 1.5}, "attn_dropout=1.5"),
