@@ -52,9 +52,20 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from kdgqa_jax import convert
+    from kdgqa_jax import convert, workdir
     from kdgqa_jax.console import say, table
 
+    workdir.check_new(arguments.out)
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name, settings in _CONVERT_OPTIONS.items()
+        if (getattr(arguments, name) or None) != (settings.get("default") or None)
+    ]
+    if arguments.to and given:
+        raise UserError(
+            f"--to writes a model directory as it is; {', '.join(given)} belong to a conversion"
+            " without --to"
+        )
     if arguments.to:
         convert.export(arguments.source, arguments.out, arguments.to)
         say(f"written: {arguments.out}")

@@ -182,12 +182,9 @@ def write(
     """
     path = pathlib.Path(path)
     check_output(path)
-    try:
-        with workdir.written_file(path) as temporary:
-            best = top_classes(predictions.logits, class_names, top)
-            temporary.write_bytes(_WRITERS[path.suffix](names, predictions.logits, best))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error})") from None
+    with workdir.written_file(path) as temporary:
+        best = top_classes(predictions.logits, class_names, top)
+        temporary.write_bytes(_WRITERS[path.suffix](names, predictions.logits, best))
 
 
 def check_output(path: str | os.PathLike) -> None:

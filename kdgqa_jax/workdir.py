@@ -14,11 +14,28 @@ from kdgqa_jax.errors import UserError
 def written_file(path: pathlib.Path):
     """A file to write that appears at `path` only once the block has ended without an error."""
     partial = path.with_name(f".{path.name}.partial")
+    with _told_in_a_sentence(path):
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told_in_a_sentence(path: pathlib.Path):
     try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be written ({reason}); choose another place") from None
+
+
+def check_new(path: str | os.PathLike) -> pathlib.Path:
+    """The path as it is. Raises UserError if something is there, which would be lost."""
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already; delete it, or choose another place")
+    return pathlib.Path(path)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -89,12 +106,13 @@ def written_whole(path: pathlib.Path):
     Until then it is `.NAME.partial` beside it; what a kill has left there is replaced.
     """
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    finally:
+    with _told_in_a_sentence(path):
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -189,6 +189,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(capsys, tmp_path, weights, zipp
         (["--num-heads", "6", "--mean", "1,2"], "--mean has 2 values for 3 channels"),
         (["--num-heds", "6"], "unknown argument '--num-heds': did you mean '--num-heads'?"),
         (["--to", "onnx"], "unknown export 'onnx'"),
+        (["--to", "released", "--attention", "gqa"], "--attention belong to a conversion"),
     ],
 )
 def test_requests_that_do_not_fit(capsys, tmp_path, weights, arguments, says):
@@ -203,6 +204,15 @@ def test_what_exists_is_left_alone(capsys, tmp_path, weights):
     said = refused(capsys, tmp_path, tmp_path / "a.safetensors", "--num-heads", "6")
     assert "out exists already" in said
     assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_a_place_that_cannot_be_written(capsys, tmp_path, weights):
+    save_file(weights, tmp_path / "a.safetensors")
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "out")
+    arguments = ["--source", str(tmp_path / "a.safetensors"), "--num-heads", "6", "--out", out]
+    assert cli.main(["convert", *arguments]) == 1
+    assert "out cannot be written (Not a directory)" in capsys.readouterr().err
 
 
 def test_an_activation_that_we_do_not_have_is_refused(capsys, tmp_path):

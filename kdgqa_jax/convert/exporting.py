@@ -71,11 +71,7 @@ def export(directory: str | os.PathLike, path: str | os.PathLike, to: str = "saf
     writers = {"safetensors": _write_safetensors, "released": _write_released}
     if to not in writers:
         raise unknown("export", to, writers)
-    path = pathlib.Path(path)
-    if path.exists():
-        raise UserError(f"{path} exists already; delete it, or choose another place")
-    if not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: the directory {path.parent} does not exist")
+    path = workdir.check_new(path)
     model, variables, description = checkpoint.load_model(directory)
     with workdir.written_file(path) as temporary:
         writers[to](temporary, model, variables, description)

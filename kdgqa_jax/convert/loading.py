@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kdgqa_jax import checkpoint, layers, vit
+from kdgqa_jax import checkpoint, layers, vit, workdir
 from kdgqa_jax.attention import variant_name
 from kdgqa_jax.convert import files
 from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed
@@ -32,9 +32,7 @@ class Converted:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a model directory, whole or not at all. Raises UserError if something is there."""
-        if pathlib.Path(path).exists():
-            raise UserError(f"{path} exists already; delete it, or choose another place")
-        checkpoint.save_model(path, self.variables, self.description)
+        checkpoint.save_model(workdir.check_new(path), self.variables, self.description)
 
 
 def load(
