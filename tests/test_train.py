@@ -23,6 +23,7 @@ def tiny_config(attention="mha", **changes):
     settings.model.attention = attention
     settings.model.window = 3
     settings.model.scan_layers = True
+    settings.data.augment.rand_augment_ops = 0
     settings.optim.learning_rate = 2e-3
     settings.batch_size = 32
     settings.epochs = 12 * 32 / 1437
