@@ -38,6 +38,17 @@ def _train(arguments: argparse.Namespace) -> None:
     )
 
 
+def _prepare(arguments: argparse.Namespace) -> None:
+    from kdgqa_jax.console import say
+    from kdgqa_jax.data import sources
+
+    dataset = sources.prepare(arguments.dataset, arguments.data_dir)
+    say(
+        f"{arguments.dataset}: {len(dataset.train):,} images to train on, {len(dataset.test):,} to"
+        f" test on, {len(dataset.class_names)} classes"
+    )
+
+
 def _bench(arguments: argparse.Namespace) -> None:
     from kdgqa_jax import bench, bench_data, config
 
@@ -135,6 +146,11 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", required=True, help="NAME, tfds:NAME or folder:PATH")
+    parser.add_argument("--data-dir", default="", help="where its files are, or will be")
+
+
 def _add_workdir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="directory of the run")
 
@@ -217,6 +233,7 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "demo": ("the whole protocol on small real images, minutes on a laptop", _add_demo, _demo),
     "study": ("the protocol of a config: variants x seeds, a table, plots", _add_config, _study),
     "train": ("one training run of a config", _add_config, _train),
+    "prepare": ("download a data set, or tell how to get it; count it", _add_prepare, _prepare),
     "convert": ("a checkpoint to a grouped variant, or back to PyTorch", _add_convert, _convert),
     "predict": ("logits or top classes of images", _add_predict, _predict),
     "inspect": ("what a model directory holds", _add_checkpoint, _inspect),
@@ -224,7 +241,7 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
 }
 """Command: (what it does, adds its flags, runs it)."""
 
-_WITHOUT_CONFIG = ("convert", "predict", "inspect")
+_WITHOUT_CONFIG = ("prepare", "convert", "predict", "inspect")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,15 +6,10 @@ import struct
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from source_helpers import write_idx
 
 from kdgqa_jax.data import augment, sources
 from kdgqa_jax.errors import UserError
-
-
-def write_idx(path, array):
-    """An IDX file of unsigned bytes, byte by byte as its format is defined."""
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(struct.pack(">I", n) for n in array.shape)
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
 
 
 @pytest.fixture
