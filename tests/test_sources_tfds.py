@@ -207,7 +207,7 @@ def test_splits_survive_pickling_and_feed_the_pipeline(prepared, tmp_path):
         sources.load("cifar10", str(prepared), shift).test for shift in ("none", "quarter_turn")
     )
     np.testing.assert_array_equal(turned[3]["image"], np.rot90(plain[3]["image"]))
-    batches = pipeline.train_iterator(plain, 5, seed=0)
+    batches = pipeline.TrainBatches(plain, 5, seed=0)
     seen = [next(batches) for _ in range(2)]
     assert {
         (int(c), x.tobytes()) for b in seen for c, x in zip(b["label"], b["image"], strict=True)
