@@ -38,6 +38,7 @@ def get_config(arg=""):
         stage.model.drop_path = 0.1
         stage.model.scan_layers = True  # compiles faster
         stage.data.name = arg.dataset
+        stage.data.augment.rand_augment_ops = 0  # digits of 8x8 pixels do not bear it
         stage.batch_size = plan["batch"]
         stage.epochs = plan["epochs"][1]
         stage.eval_every_epochs = 0.0  # at the end only

@@ -29,7 +29,7 @@ def compile_train_step(
     mesh = sharding.make_mesh()
     model = train.build_model(config, num_classes)
     optim_config = ml_collections.FrozenConfigDict(config.optim)
-    step = train.make_train_step(model, optim_config, 1000, config.data.mean, config.data.std, mesh)
+    step = train.make_train_step(model, optim_config, 1000, train.input_of(config.data), mesh)
     variables = jax.eval_shape(lambda: vit.init_variables(model, jax.random.key(0), channels))
     rng = jax.random.key(config.seed)
     state = jax.eval_shape(lambda v: train.init_state(v, optim_config, rng), variables)

@@ -38,11 +38,29 @@ def _train(arguments: argparse.Namespace) -> None:
     )
 
 
+def _prepare(arguments: argparse.Namespace) -> None:
+    from kdgqa_jax.console import say
+    from kdgqa_jax.data import sources
+
+    dataset = sources.prepare(arguments.dataset, arguments.data_dir)
+    say(
+        f"{arguments.dataset}: {len(dataset.train):,} images to train on, {len(dataset.test):,} to"
+        f" test on, {len(dataset.class_names)} classes"
+    )
+
+
 def _bench(arguments: argparse.Namespace) -> None:
-    from kdgqa_jax import bench, config
+    from kdgqa_jax import bench, bench_data, config
 
     if arguments.what == "convert":
         bench.bench_convert(arguments.model)
+        return
+    if arguments.what == "data":
+        settings = bench_data.bench_config(
+            arguments.dataset, arguments.data_dir, arguments.batch_size, arguments.workers
+        )
+        settings = config.override(settings, arguments.overrides)
+        bench_data.bench_data(settings, arguments.image_size, arguments.images)
         return
     settings = bench.bench_config(
         arguments.model, arguments.num_kv_heads, arguments.batch_size, arguments.dtype
@@ -128,18 +146,28 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", required=True, help="NAME, tfds:NAME or folder:PATH")
+    parser.add_argument("--data-dir", default="", help="where its files are, or will be")
+
+
 def _add_workdir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="directory of the run")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["train", "convert"], help="what is measured")
+    parser.add_argument("what", choices=["train", "convert", "data"], help="what is measured")
     parser.add_argument("--model", default="B/16", help="SIZE/PATCH")
     parser.add_argument("--variants", default="gqa,kdgqa,dgqa_ema", help="the first one is the 1")
     parser.add_argument("--num-kv-heads", type=int, help="key/value heads; none: half")
     parser.add_argument("--batch-size", type=int, default=64, help="images per step")
     parser.add_argument("--dtype", default="bfloat16", help="of the computation")
     parser.add_argument("--steps", type=int, default=5, help="steps timed; 0: compile only")
+    parser.add_argument("--dataset", default="digits", help="data: a data set")
+    parser.add_argument("--data-dir", default="", help="data: where its files are")
+    parser.add_argument("--image-size", type=int, default=224, help="data: side in pixels")
+    parser.add_argument("--images", type=int, default=2048, help="data: how many images")
+    parser.add_argument("--workers", type=int, default=2, help="data: processes that read")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -205,6 +233,7 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "demo": ("the whole protocol on small real images, minutes on a laptop", _add_demo, _demo),
     "study": ("the protocol of a config: variants x seeds, a table, plots", _add_config, _study),
     "train": ("one training run of a config", _add_config, _train),
+    "prepare": ("download a data set, or tell how to get it; count it", _add_prepare, _prepare),
     "convert": ("a checkpoint to a grouped variant, or back to PyTorch", _add_convert, _convert),
     "predict": ("logits or top classes of images", _add_predict, _predict),
     "inspect": ("what a model directory holds", _add_checkpoint, _inspect),
@@ -212,7 +241,7 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
 }
 """Command: (what it does, adds its flags, runs it)."""
 
-_WITHOUT_CONFIG = ("convert", "predict", "inspect")
+_WITHOUT_CONFIG = ("prepare", "convert", "predict", "inspect")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_dict
 
 from kdgqa_jax import vit
 from kdgqa_jax.attention import GroupedQueryAttention
+from kdgqa_jax.data import augment
 from kdgqa_jax.errors import UserError, unknown
 
 
@@ -51,6 +52,14 @@ def train_config() -> ConfigDict:
                 "shift": "none",  # a name in data.sources.SHIFTS
                 "mean": 0.5,  # of pixel values in 0..1
                 "std": 0.5,
+                # How the host brings images to one size: data.images.Preprocessing.
+                "resize": "squash",
+                "interpolation": "bilinear",
+                "crop_share": 1.0,
+                "skip_corrupt": False,  # count images that cannot be read, take the next one
+                "workers": 0,  # processes that read ahead; 0: threads
+                "on_device": False,  # the whole training split in device memory
+                "augment": augment.augment_config(),
             },
             "optim": {
                 "learning_rate": 1e-5,

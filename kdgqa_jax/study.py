@@ -28,7 +28,7 @@ from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.attention import variant_name
 from kdgqa_jax.console import say
-from kdgqa_jax.data import sources
+from kdgqa_jax.data import pipeline, sources
 from kdgqa_jax.errors import UserError, unknown
 from kdgqa_jax.evaluate import evaluate, make_eval_step
 from kdgqa_jax.version import versions
@@ -176,6 +176,7 @@ def _convert(study: Config, config: Config, place: pathlib.Path) -> dict[str, An
 
     data, mesh = config.data, sharding.make_mesh()
     dataset = sources.load(data.name, data.data_dir, data.shift)
+    dataset = pipeline.prepare(dataset, model.image_shape, data)
     eval_step = make_eval_step(model, data.mean, data.std)
     result = evaluate(eval_step, variables, dataset.test, config.eval_batch_size, mesh)
     return {**result, "steps": 0, "seconds": time.monotonic() - started}

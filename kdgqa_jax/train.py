@@ -65,13 +65,18 @@ def init_state(
     )
 
 
+def input_of(data_config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
+    """What the device does with images: the part of `config.data` that a training step needs."""
+    fields = {name: data_config[name] for name in ("mean", "std", "augment")}
+    return ml_collections.FrozenConfigDict(fields)
+
+
 @functools.lru_cache(maxsize=2)
 def make_train_step(
     model: vit.VisionTransformer,
     optim_config: ml_collections.FrozenConfigDict,
     num_steps: int,
-    mean: float,
-    std: float,
+    input_config: ml_collections.FrozenConfigDict,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """A jitted (state, batch) -> (state, metrics) that donates the state.
@@ -83,17 +88,25 @@ def make_train_step(
       model: the ViT.
       optim_config: the fields of `config.optim`.
       num_steps: of the run; the schedule depends on it.
-      mean: of pixel values in 0..1.
-      std: of pixel values in 0..1.
+      input_config: mean, std and augment of `config.data`.
       mesh: the devices.
     """
     optimizer = optim.make_optimizer(optim_config, num_steps)
 
     def train_step(state: TrainState, batch: dict[str, Array]):
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        dropout_rng, noise_rng = jax.random.split(rng)
-        images = augment.to_model_input(batch["image"], model.image_shape, mean, std)
+        dropout_rng, noise_rng, augment_rng = jax.random.split(rng, 3)
         labels = batch["label"]
+        images, targets = augment.training_batch(
+            batch["image"],
+            labels,
+            augment_rng,
+            input_config.augment,
+            model.image_shape,
+            model.num_classes,
+            input_config.mean,
+            input_config.std,
+        )
 
         def loss_fn(params):
             logits, collections = model.apply(
@@ -104,8 +117,11 @@ def make_train_step(
                 rngs={"dropout": dropout_rng, "noise": noise_rng},
                 mutable=["norm_stats", "grouping"],
             )
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            return loss, (logits, collections)
+            if targets.ndim == 1:
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            else:
+                losses = optax.softmax_cross_entropy(logits, targets)
+            return losses.mean(), (logits, collections)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (logits, collections)), grads = grad_fn(state.params)
@@ -121,6 +137,8 @@ def make_train_step(
             "key_norm": grouping["key_norm"],
             "allocation": grouping["allocation"],
         }
+        if "corrupt" in batch:
+            metrics["corrupt_images"] = jnp.sum(batch["corrupt"])
         new_state = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
@@ -224,6 +242,7 @@ def train_and_evaluate(
     mesh = sharding.make_mesh()
     for name in ("batch_size", "eval_batch_size"):
         sharding.check_batch_size(name, config[name], mesh)
+    augment.check(config.data.augment)
     for name in ("epochs", "eval_every_epochs", "checkpoint_every", "log_every"):
         if config[name] < 0 or (config[name] == 0 and name != "eval_every_epochs"):
             raise UserError(f"config field {name}={config[name]} must be positive")
@@ -231,13 +250,16 @@ def train_and_evaluate(
     # --- Data -----------------------------------------------------------------------------------
     data = config.data
     dataset = sources.load(data.name, data.data_dir, data.shift)
-    batches = pipeline.train_iterator(dataset.train, config.batch_size, config.seed)
     steps_per_epoch = len(dataset.train) / config.batch_size
     num_steps = max(round(config.epochs * steps_per_epoch), 1)
     eval_every = max(round(config.eval_every_epochs * steps_per_epoch), 1)
 
     # --- Model and schedule ---------------------------------------------------------------------
     model = build_model(config, len(dataset.class_names))
+    dataset = pipeline.prepare(dataset, model.image_shape, data)
+    batches, fetch = pipeline.train_source(
+        dataset.train, config.batch_size, config.seed, mesh, data.workers, data.on_device
+    )
     optim_config = ml_collections.FrozenConfigDict(config.optim)
     schedule = optim.make_schedule(config.optim, num_steps)
     channels = dataset.image_shape[-1]
@@ -270,7 +292,7 @@ def train_and_evaluate(
         state = jax.jit(lambda: start(fresh_variables()), out_shardings=whole)()
 
     # --- Loop -----------------------------------------------------------------------------------
-    train_step = make_train_step(model, optim_config, num_steps, data.mean, data.std, mesh)
+    train_step = make_train_step(model, optim_config, num_steps, input_of(data), mesh)
     eval_step = make_eval_step(model, data.mean, data.std)
     first_step = int(state.step)
     writer = MetricsWriter(workdir, first_step)
@@ -290,7 +312,7 @@ def train_and_evaluate(
     with contextlib.closing(checkpoints):  # even a run that fails waits for saves under way
         with ProgressBar(title, num_steps, first_step) as bar:
             for step in range(first_step + 1, num_steps + 1):
-                state, metrics = train_step(state, sharding.put_batch(next(batches), mesh))
+                state, metrics = train_step(state, fetch(next(batches)))
                 if step % config.log_every == 0 or step == num_steps:
                     values = {name: np.asarray(x).tolist() for name, x in metrics.items()}
                     now = time.monotonic()
@@ -319,7 +341,7 @@ def train_and_evaluate(
             "model": {**config.model.to_dict(), "num_classes": len(dataset.class_names)},
             "channels": channels,
             "class_names": list(dataset.class_names),
-            "preprocessing": {"mean": data.mean, "std": data.std},
+            "preprocessing": {name: data[name] for name in pipeline.PREPROCESSING},
             "trained_on": {"data": data.to_dict(), "steps": num_steps, "init": config.init},
             "versions": versions(),
         }

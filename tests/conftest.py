@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import tempfile
 
 import helpers
@@ -33,3 +34,17 @@ def pytest_unconfigure(config):
 def golden():
     """Load `tests/goldens/NAME.npz` as a dict of arrays."""
     return helpers.load_golden
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whoever connects to anything fails the test, even if the error is caught."""
+    tried = []
+
+    def connect(self, address):
+        tried.append(address)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    yield
+    assert not tried

@@ -1,4 +1,4 @@
-"""Data sources, the host pipeline and what happens on the device."""
+"""Data sources, and how images become input of a model."""
 
 import gzip
 import struct
@@ -6,15 +6,10 @@ import struct
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from source_helpers import write_idx
 
-from kdgqa_jax.data import augment, pipeline, sources
+from kdgqa_jax.data import augment, sources
 from kdgqa_jax.errors import UserError
-
-
-def write_idx(path, array):
-    """An IDX file of unsigned bytes, byte by byte as its format is defined."""
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(struct.pack(">I", n) for n in array.shape)
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
 
 
 @pytest.fixture
@@ -120,45 +115,6 @@ def test_shift_turns_and_inverts_every_image():
             assert turned[row, column, 0] == 255 - image[column, 7 - row, 0]
     assert shifted.test[7]["label"] == plain.test[7]["label"]
     assert len(shifted.train) == len(plain.train)
-
-
-def numbered(count):
-    labels = np.arange(count, dtype=np.int32)
-    return sources.ArraySplit(np.zeros((count, 2, 2, 1), np.uint8), labels)
-
-
-def test_training_sees_every_image_once_an_epoch_in_another_order():
-    batches = pipeline.train_iterator(numbered(10), batch_size=4, seed=3)
-    labels = np.concatenate([next(batches)["label"] for _ in range(10)])
-    epochs = labels.reshape(4, 10)
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs.tolist())
-    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
-    again = pipeline.train_iterator(numbered(10), batch_size=4, seed=3)
-    other = pipeline.train_iterator(numbered(10), batch_size=4, seed=4)
-    assert next(again)["label"].tolist() == labels[:4].tolist()
-    assert np.concatenate([next(other)["label"] for _ in range(3)]).tolist() != labels[:12].tolist()
-
-
-def test_training_iterator_goes_on_from_a_saved_position():
-    batches = pipeline.train_iterator(numbered(10), batch_size=4, seed=0)
-    for _ in range(3):
-        next(batches)
-    position = batches.get_state()
-    rest = [next(batches)["label"].tolist() for _ in range(4)]
-    resumed = pipeline.train_iterator(numbered(10), batch_size=4, seed=0)
-    resumed.set_state(position)
-    assert [next(resumed)["label"].tolist() for _ in range(4)] == rest
-
-
-def test_evaluation_sees_every_image_once_and_masks_the_padding():
-    batches = list(pipeline.eval_batches(numbered(10), batch_size=4))
-    assert [batch["label"].shape for batch in batches] == [(4,)] * 3
-    assert [batch["mask"].tolist() for batch in batches[1:]] == [
-        [True] * 4,
-        [True, True, False, False],
-    ]
-    labels = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
-    assert labels.tolist() == list(range(10))
 
 
 def test_model_input_is_normalised_and_resized():

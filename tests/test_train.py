@@ -23,6 +23,7 @@ def tiny_config(attention="mha", **changes):
     settings.model.attention = attention
     settings.model.window = 3
     settings.model.scan_layers = True
+    settings.data.augment.rand_augment_ops = 0
     settings.optim.learning_rate = 2e-3
     settings.batch_size = 32
     settings.epochs = 12 * 32 / 1437
@@ -181,7 +182,7 @@ def test_unwritable_workdir_is_refused(tmp_path):
         ({"model.attention": "kdgq"}, "unknown attention variant 'kdgq': did you mean 'kdgqa'"),
         ({"model.name": "XL/16"}, "unknown model 'XL/16'"),
         ({"model.num_kv_heads": 3, "model.attention": "gqa"}, "does not divide the 8 query heads"),
-        ({"data.name": "mnist_fashion"}, "did you mean 'fashion_mnist'"),
+        ({"data.name": "fashion"}, "did you mean 'fashion_mnist'"),
         ({"optim.schedule": "cosin"}, "did you mean 'cosine'"),
         ({"optim.learning_rate": 0.0}, "must be positive"),
         ({"batch_size": 0}, "batch_size=0 must be a positive multiple"),

@@ -88,6 +88,45 @@ def find(places: Iterable[str | os.PathLike]) -> list[pathlib.Path]:
     return found
 
 
+def _opened(file: Any, name: Any, channels: int, upright: bool) -> Any:
+    """A PIL image of any mode as RGB (3 channels) or grey (1); `upright`: as its EXIF data says.
+
+    Raises UserError: not an image that can be read.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            image.load()
+            if upright:
+                image = ImageOps.exif_transpose(image)
+    except Exception as error:  # decoders of damaged files raise anything
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, UnidentifiedImageError):
+            reason = "of no known format"
+        raise UserError(f"{name}: not an image that can be read ({reason})") from None
+    if image.mode in _TO_BYTES:
+        image = Image.fromarray(_TO_BYTES[image.mode](np.asarray(image)).astype(np.uint8))
+    elif image.mode == "P":  # the palette may hold transparency
+        image = image.convert("RGBA")
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def decode(file: Any, name: Any, channels: int = 3) -> np.ndarray:
+    """An image of any mode and size, as it is stored: uint8 (height, width, channels).
+
+    Args:
+      file: a path, or a binary file object.
+      name: what errors call it.
+      channels: 3 or 1.
+
+    Raises:
+      UserError: not an image that can be read.
+    """
+    image = _opened(file, name, channels, upright=False)
+    return np.asarray(image).reshape(image.height, image.width, channels)
+
+
 def read(
     path: pathlib.Path, shape: tuple[int, int], channels: int, preprocessing: Preprocessing
 ) -> np.ndarray:
@@ -95,19 +134,7 @@ def read(
 
     Raises UserError: not an image that can be read, or a number of channels other than 1 and 3.
     """
-    from PIL import Image, ImageOps
-
     if channels not in (1, 3):
         raise UserError(f"{path}: image files give 1 or 3 channels, the model takes {channels}")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-    except Exception as error:  # decoders of damaged files raise anything
-        raise UserError(f"{path}: not an image that can be read ({error})") from None
-    if image.mode in _TO_BYTES:
-        image = Image.fromarray(_TO_BYTES[image.mode](np.asarray(image)).astype(np.uint8))
-    elif image.mode == "P":  # the palette may hold transparency
-        image = image.convert("RGBA")
-    image = image.convert("RGB" if channels == 3 else "L")
+    image = _opened(path, path, channels, upright=True)
     return np.asarray(preprocessing.resized(image, shape)).reshape(*shape, channels)

@@ -1,52 +1,221 @@
 """Batches on the host, through grain: shuffled and endless for training, in order for evaluation.
 
 A batch is {"image": (B, H, W, C) uint8, "label": (B,) int32}; evaluation adds "mask": (B,) bool,
-False for the padding of the last batch.
+False for the padding of the last batch. Splits that skip what they cannot read add "corrupt": (B,)
+bool.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import jax
+import ml_collections
 import numpy as np
 
+from kdgqa_jax import sharding
+from kdgqa_jax.data.images import Preprocessing
+from kdgqa_jax.data.sources import Dataset
+from kdgqa_jax.errors import UserError
+
 Batch = dict[str, np.ndarray]
+Split = Sequence[dict[str, Any]]
+
+ON_DEVICE_LIMIT = 8 * 2**30  # bytes
 
 
-def train_iterator(
-    split: Sequence[dict[str, Any]], batch_size: int, seed: int
-) -> grain.DatasetIterator[Batch]:
-    """An endless iterator of shuffled batches.
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A split whose images have one shape.
+
+    Attributes:
+      split: random access examples, images of any size.
+      shape: (height, width) wanted.
+      preprocessing: how to get there.
+      skip_corrupt: an example that cannot be read is replaced by the next one that can, and marked
+        in "corrupt"; otherwise its error is raised.
+    """
+
+    split: Split
+    shape: tuple[int, int]
+    preprocessing: Preprocessing = dataclasses.field(default_factory=Preprocessing)
+    skip_corrupt: bool = False
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not self.skip_corrupt:
+            return self._resized(self.split[index])
+        for attempt in range(len(self)):
+            try:
+                item = self._resized(self.split[(index + attempt) % len(self)])
+            except UserError:
+                continue
+            return {**item, "corrupt": np.bool_(attempt > 0)}
+        raise UserError("no image of the split can be read")
+
+    def _resized(self, item: dict[str, Any]) -> dict[str, Any]:
+        from PIL import Image
+
+        pixels = item["image"]
+        if pixels.shape[:2] == self.shape:
+            return item
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        resized = np.asarray(self.preprocessing.resized(image, self.shape))
+        return {**item, "image": resized.reshape(*self.shape, pixels.shape[2])}
+
+
+PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing))
+
+
+def prepare(
+    dataset: Dataset, image_shape: tuple[int, int], config: ml_collections.ConfigDict
+) -> Dataset:
+    """A data set whose images have one shape, the one in which hosts ship them.
+
+    That is the model's (height, width), but images that are all of one smaller size stay as they
+    are: the device augments them and makes them larger.
+
+    Args:
+      dataset: as a source gives it.
+      image_shape: (height, width) of the model.
+      config: the fields of `config.data`.
+    """
+    preprocessing = Preprocessing(**{name: config[name] for name in PREPROCESSING})
+    native = dataset.native_size
+    small = native is not None and native[0] <= image_shape[0] and native[1] <= image_shape[1]
+    shape = native[:2] if small and config.crop_share == 1.0 else image_shape
+
+    def prepared(split: Split) -> Prepared:
+        return Prepared(split, tuple(shape), preprocessing, config.skip_corrupt)
+
+    return dataclasses.replace(dataset, train=prepared(dataset.train), test=prepared(dataset.test))
+
+
+class TrainBatches(Iterator[Batch]):
+    """An endless iterator of shuffled batches; its position is the number of batches taken.
 
     Every epoch has its own order, drawn from `seed`; batches run on across the end of an epoch, so
     that every image comes once per epoch. Each process gets its share of the same global batches.
-    The position is the iterator's `get_state()`, and `set_state` restores it exactly.
+    The batches are the same for any number of workers.
 
     Args:
       split: random access examples.
       batch_size: of the global batch; a multiple of the number of processes.
       seed: of the order.
+      workers: processes that read ahead; 0: threads of this one.
     """
-    processes, process = jax.process_count(), jax.process_index()
-    examples = grain.MapDataset.source(split).seed(seed).shuffle().repeat()
-    mine = examples[process::processes] if processes > 1 else examples
-    batches = mine.batch(batch_size // processes)
-    # Threads prefetch; the order of the batches does not depend on them.
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    return iter(batches.to_iter_dataset(options))
+
+    def __init__(self, split: Split, batch_size: int, seed: int, workers: int = 0):
+        processes, process = jax.process_count(), jax.process_index()
+        examples = grain.MapDataset.source(split).seed(seed).shuffle().repeat()
+        mine = examples[process::processes] if processes > 1 else examples
+        self._batches = mine.batch(batch_size // processes)
+        self._workers = workers
+        self._position, self._iterator = 0, None
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = next(self._iterator)
+        self._position += 1
+        return batch
+
+    def _start(self) -> Iterator[Batch]:
+        ahead = self._batches[self._position :]
+        # Threads prefetch; the order of the batches does not depend on them.
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+        dataset = ahead.to_iter_dataset(options)
+        if self._workers:
+            _parse_flags()
+            processes = grain.multiprocessing.MultiprocessingOptions(num_workers=self._workers)
+            dataset = dataset.mp_prefetch(processes)
+        return iter(dataset)
+
+    def get_state(self) -> dict[str, int]:
+        """The position, as JSON."""
+        return {"batches": self._position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go on from a position that `get_state` gave."""
+        self._position, self._iterator = state["batches"], None
+
+
+def _parse_flags() -> None:
+    """grain's workers read absl flags, which nobody has parsed outside of `absl.app`."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Indices:
+    """A split of positions alone."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"index": np.int32(index)}
+
+
+def train_source(
+    split: Split,
+    batch_size: int,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+    workers: int = 0,
+    on_device: bool = False,
+) -> tuple[TrainBatches, Callable[[Batch], dict[str, jax.Array]]]:
+    """(batches on the host, function that makes global device arrays of one).
+
+    With `on_device` the whole split lies in the memory of every device and the host sends positions
+    only; the batches are the same.
+
+    Raises UserError: a split too large for `on_device`.
+    """
+    if not on_device:
+        batches = TrainBatches(split, batch_size, seed, workers)
+        return batches, lambda batch: sharding.put_batch(batch, mesh)
+    size = len(split) * split[0]["image"].nbytes
+    if size > ON_DEVICE_LIMIT:
+        raise UserError(
+            f"data.on_device: {len(split)} images need {size / 2**30:.1f} GiB of every device, more"
+            f" than {ON_DEVICE_LIMIT / 2**30:.0f} GiB; leave the data on the host"
+        )
+    items = [split[i] for i in range(len(split))]
+    whole = {name: np.stack([item[name] for item in items]) for name in items[0]}
+    whole = jax.device_put(whole, sharding.replicated(mesh))
+    split_sharding = sharding.batch_sharded(mesh)
+
+    @jax.jit
+    def take(whole: dict[str, jax.Array], index: jax.Array) -> dict[str, jax.Array]:
+        batch = {name: x[index] for name, x in whole.items()}
+        return jax.lax.with_sharding_constraint(batch, split_sharding)
+
+    def fetch(batch: Batch) -> dict[str, jax.Array]:
+        return take(whole, sharding.put_batch(batch, mesh)["index"])
+
+    return TrainBatches(_Indices(len(split)), batch_size, seed), fetch
 
 
 def _pad(batch: Batch, batch_size: int) -> Batch:
     count = len(batch["label"])
-    padded = {
+    mask = np.ones(count, bool)
+    if "corrupt" in batch:
+        mask &= ~batch.pop("corrupt")
+    return {
         name: np.pad(values, [(0, batch_size - count)] + [(0, 0)] * (values.ndim - 1))
-        for name, values in batch.items()
+        for name, values in {**batch, "mask": mask}.items()
     }
-    return {**padded, "mask": np.arange(batch_size) < count}
 
 
-def eval_batches(split: Sequence[dict[str, Any]], batch_size: int) -> Sequence[Batch]:
+def eval_batches(split: Split, batch_size: int) -> Sequence[Batch]:
     """All examples once and in order; the last batch is padded with zeros and masked."""
     batches = grain.MapDataset.source(split).batch(batch_size, drop_remainder=False)
     return batches.map(lambda batch: _pad(batch, batch_size))

@@ -4,50 +4,56 @@ A split is random access: `len(split)` and `split[i] -> {"image": uint8 HWC, "la
 """
 
 import dataclasses
-import gzip
 import pathlib
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from kdgqa_jax.data import idx, tfds_source, trees
+from kdgqa_jax.data.dataset import ArraySplit, Dataset
 from kdgqa_jax.errors import UserError, unknown
 
-
-@dataclasses.dataclass(frozen=True)
-class ArraySplit:
-    """A split held in memory: images (n, H, W, C) uint8 and labels (n,) int32."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.images[index], "label": self.labels[index]}
+__all__ = ["SHIFTS", "SOURCES", "ArraySplit", "Dataset", "Source", "load", "prepare"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A data set: its classes and its two splits."""
+class Source:
+    """A row of `SOURCES`.
 
-    name: str
-    class_names: tuple[str, ...]
-    train: Sequence[dict[str, Any]]
-    test: Sequence[dict[str, Any]]
+    Attributes:
+      read: (row, name, what stands after the colon of the name, data directory) -> Dataset.
+      num_classes: None where the files tell.
+      class_names: the names in the order of the labels, or where they come from.
+      native_size: (height, width, channels) of every image; None where they vary.
+      train: what the set itself calls the split that is trained on.
+      test: what it calls the one that is evaluated on.
+      how: the sentence that tells how its files are had; {name} and {data_dir} are filled in.
+      tfds: whether tensorflow-datasets can prepare it.
+      manual_files: what tensorflow-datasets cannot download for it.
+      needs_dir: whether it needs a data directory.
+    """
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of the stored images."""
-        return self.train[0]["image"].shape
+    read: Callable[["Source", str, str, str], Dataset]
+    num_classes: int | None
+    class_names: tuple[str, ...] | str
+    native_size: tuple[int, int, int] | None
+    train: str
+    test: str
+    how: str
+    tfds: bool = False
+    manual_files: tuple[str, ...] = ()
+    needs_dir: bool = True
+
+    def how_to(self, name: str, data_dir: str) -> str:
+        """How the files are had, in one sentence."""
+        return self.how.format(name=name, data_dir=data_dir or "DIR")
 
 
-# --- digits -------------------------------------------------------------------------------------
+# --- Readers ------------------------------------------------------------------------------------
 
 
-def _digits(data_dir: str | None) -> Dataset:
+def _digits(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
     """scikit-learn's 1,797 real 8x8 grey images; 1,437 to train, 360 to test, always the same."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -59,94 +65,97 @@ def _digits(data_dir: str | None) -> Dataset:
     )
     train_images, test_images, train_labels, test_labels = parts
     return Dataset(
-        "digits",
-        tuple(str(digit) for digit in range(10)),
+        name,
+        source.class_names,
         ArraySplit(train_images, train_labels),
         ArraySplit(test_images, test_labels),
     )
 
 
-# --- IDX files ----------------------------------------------------------------------------------
-
-_IDX_FILES = {
-    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
-    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
-}
+def _tfds(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
+    splits = None if argument else (source.train, source.test)
+    how = source.how_to(name, data_dir)
+    return tfds_source.read(name, argument or name, data_dir, how, splits, source.num_classes)
 
 
-def read_idx(path: pathlib.Path) -> np.ndarray:
-    """The uint8 array in a gzipped IDX file.
-
-    Raises UserError for a file that cannot be read, is no IDX file of bytes, or is cut short.
-    """
-    try:
-        raw = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a readable gzip file ({error}); fetch it again") from None
-    dims = raw[3] if len(raw) > 3 else 0
-    if len(raw) < 4 + 4 * dims or raw[:3] != b"\x00\x00\x08":
-        raise UserError(f"{path}: not an IDX file of unsigned bytes; fetch it again")
-    shape = tuple(np.frombuffer(raw, ">u4", count=dims, offset=4).tolist())
-    data = np.frombuffer(raw, np.uint8, offset=4 + 4 * dims)
-    if data.size != np.prod(shape, dtype=np.int64):
-        raise UserError(
-            f"{path}: holds {data.size} bytes of data where its header, shape {shape}, promises"
-            f" {np.prod(shape, dtype=np.int64)}; fetch it again"
-        )
-    return data.reshape(shape)
-
-
-def _idx_directory(name: str, class_names: tuple[str, ...], data_dir: str | None) -> Dataset:
-    """A data set in the four gzipped IDX files that MNIST and its successors come in."""
-    files = [file for pair in _IDX_FILES.values() for file in pair]
-    if not data_dir:
-        raise UserError(
-            f"data set {name!r} needs a data directory (--data-dir) that holds {', '.join(files)}"
-        )
+def _idx_or_tfds(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
     folder = pathlib.Path(data_dir)
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder}: {', '.join(missing)} not found; data set {name!r} needs the files"
-            f" {', '.join(files)} there"
-        )
-    splits = {}
-    for split, (image_file, label_file) in _IDX_FILES.items():
-        images, labels = read_idx(folder / image_file), read_idx(folder / label_file)
-        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-            raise UserError(
-                f"{folder}: {image_file} {images.shape} and {label_file} {labels.shape} do not"
-                " belong together; expected n images and n labels"
-            )
-        if labels.max(initial=0) >= len(class_names):
-            raise UserError(
-                f"{folder / label_file}: label {labels.max()} is out of range for"
-                f" {len(class_names)} classes"
-            )
-        splits[split] = ArraySplit(images[..., None], labels.astype(np.int32))
-    return Dataset(name, class_names, **splits)
+    if not idx.any_in(folder) and tfds_source.find(name, data_dir):
+        return _tfds(source, name, argument, data_dir)
+    splits = idx.read_splits(folder, source.num_classes, source.how_to(name, data_dir))
+    return Dataset(name, source.class_names, **splits)
 
 
-_FASHION_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-
-SOURCES: dict[str, Callable[[str | None], Dataset]] = {
-    "digits": _digits,
-    "fashion_mnist": lambda data_dir: _idx_directory("fashion_mnist", _FASHION_CLASSES, data_dir),
-}
+def _tiny_imagenet(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
+    return trees.read_tiny_imagenet(name, data_dir, source.how_to(name, data_dir))
 
 
-# --- shifted versions ---------------------------------------------------------------------------
+def _cinic10(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
+    return trees.read_cinic10(name, data_dir, source.how_to(name, data_dir))
+
+
+def _folder(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
+    return trees.read_folder(name, argument)
+
+
+# --- The table ----------------------------------------------------------------------------------
+
+_DIGITS = tuple(str(digit) for digit in range(10))
+_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
+_FASHION += ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+_CIFAR10 = trees.CINIC10_CLASSES  # CINIC-10 has the classes of CIFAR-10
+_STORED = "label.labels.txt of the prepared directory"
+
+_PREPARE = "`kdgqa prepare --dataset {name} --data-dir {data_dir}` downloads and prepares it"
+_PUT_IDX = f"put {', '.join(idx.FILES)} into {{data_dir}}, or: {_PREPARE}"
+_IMAGENET = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
+
+SOURCES: dict[str, Source] = {
+    "digits": Source(
+        _digits, 10, _DIGITS, (8, 8, 1), "train", "test", "it comes with scikit-learn",
+        needs_dir=False,
+    ),
+    "mnist": Source(
+        _idx_or_tfds, 10, _DIGITS, (28, 28, 1), "train", "test", _PUT_IDX, tfds=True
+    ),
+    "fashion_mnist": Source(
+        _idx_or_tfds, 10, _FASHION, (28, 28, 1), "train", "test", _PUT_IDX, tfds=True
+    ),
+    "cifar10": Source(_tfds, 10, _CIFAR10, (32, 32, 3), "train", "test", _PREPARE, tfds=True),
+    "cifar100": Source(_tfds, 100, _STORED, (32, 32, 3), "train", "test", _PREPARE, tfds=True),
+    "food101": Source(_tfds, 101, _STORED, None, "train", "validation", _PREPARE, tfds=True),
+    "oxford_iiit_pet": Source(_tfds, 37, _STORED, None, "train", "test", _PREPARE, tfds=True),
+    "imagenet2012": Source(
+        _tfds, 1000, _STORED, None, "train", "validation",
+        f"put {' and '.join(_IMAGENET)} of https://image-net.org into"
+        f" {{data_dir}}/{tfds_source.MANUAL_DIR}, then `kdgqa prepare --dataset {{name}}"
+        " --data-dir {data_dir}` prepares it",
+        tfds=True, manual_files=_IMAGENET,
+    ),
+    "tiny_imagenet": Source(
+        _tiny_imagenet, 200, "words.txt", (64, 64, 3), "train", "val",
+        "download http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it in {data_dir},"
+        " which makes {data_dir}/tiny-imagenet-200",
+    ),
+    "cinic10": Source(
+        _cinic10, 10, trees.CINIC10_CLASSES, (32, 32, 3), "train", "test",
+        "download CINIC-10.tar.gz from https://datashare.ed.ac.uk/handle/10283/3192 and unpack it"
+        " in {data_dir}/CINIC-10, which then holds train, valid and test",
+    ),
+    "folder:PATH": Source(
+        _folder, None, "names of the class folders", None, "train", "val or test",
+        "put the images of each class into PATH/train/CLASS and PATH/val/CLASS, or into PATH/CLASS"
+        " to have a tenth of them taken for the test",
+        needs_dir=False,
+    ),
+    "tfds:NAME": Source(
+        _tfds, None, _STORED, None, "train", "test or validation", _PREPARE, tfds=True
+    ),
+}  # fmt: skip
+"""Data sets by name; of those with a colon, what stands before it is the name."""
+
+
+# --- Shifted versions ---------------------------------------------------------------------------
 
 SHIFTS: dict[str, Callable[[np.ndarray], np.ndarray] | None] = {
     "none": None,
@@ -162,31 +171,70 @@ class ShiftedSplit:
     """A split whose images went through one of `SHIFTS`."""
 
     split: Sequence[dict[str, Any]]
-    shift: Callable[[np.ndarray], np.ndarray]
+    shift: str
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.split[index]
-        return {**item, "image": np.ascontiguousarray(self.shift(item["image"]))}
+        return {**item, "image": np.ascontiguousarray(SHIFTS[self.shift](item["image"]))}
+
+
+# --- By name ------------------------------------------------------------------------------------
+
+
+def find_source(name: str) -> tuple[Source, str]:
+    """The row of a data set, and what stands after the colon of its name.
+
+    Raises UserError if no row has that name.
+    """
+    prefix, colon, argument = name.partition(":")
+    for key, source in SOURCES.items():
+        row, row_colon, _ = key.partition(":")
+        if (row, row_colon) == (prefix, colon):
+            return source, argument
+    raise unknown("data set", name, SOURCES)
 
 
 def load(name: str, data_dir: str | None = None, shift: str = "none") -> Dataset:
-    """A data set of `SOURCES`, its images changed by one of `SHIFTS`.
+    """A data set of `SOURCES`, its images changed by one of `SHIFTS`; nothing is downloaded.
 
     Raises UserError: unknown name or shift, or a data directory that does not hold the set.
     """
-    if name not in SOURCES:
-        raise unknown("data set", name, SOURCES)
+    source, argument = find_source(name)
     if shift not in SHIFTS:
         raise unknown("shift", shift, SHIFTS)
-    dataset = SOURCES[name](data_dir)
-    function = SHIFTS[shift]
-    if function is None:
-        return dataset
+    if source.needs_dir and not data_dir:
+        raise UserError(
+            f"data set {name!r} needs a data directory (--data-dir DIR): {source.how_to(name, '')}"
+        )
+    try:
+        dataset = source.read(source, name, argument, data_dir or "")
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); check its permissions"
+        ) from None
+    size = dataset.native_size or source.native_size
+    if SHIFTS[shift] is None:
+        return dataclasses.replace(dataset, native_size=size)
     return dataclasses.replace(
         dataset,
-        train=ShiftedSplit(dataset.train, function),
-        test=ShiftedSplit(dataset.test, function),
+        train=ShiftedSplit(dataset.train, shift),
+        test=ShiftedSplit(dataset.test, shift),
+        native_size=size and SHIFTS[shift](np.empty(size, np.uint8)).shape,
     )
+
+
+def prepare(name: str, data_dir: str | None = None) -> Dataset:
+    """The data set, downloaded and prepared in `data_dir` first if tfds can do it and has not yet.
+
+    Raises UserError: what `load` and the preparation raise; it tells which files to put where.
+    """
+    source, argument = find_source(name)
+    as_idx = source.read is _idx_or_tfds and data_dir and idx.any_in(pathlib.Path(data_dir))
+    if source.tfds and data_dir and not as_idx:
+        tfds_name = argument or name
+        if tfds_source.find(tfds_name, data_dir) is None:
+            tfds_source.prepare(name, tfds_name, data_dir, source.manual_files)
+    return load(name, data_dir)
