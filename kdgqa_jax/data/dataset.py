@@ -1,6 +1,8 @@
 """What a data set is: classes and two splits.
 
-A split is random access: `len(split)` and `split[i] -> {"image": uint8 HWC, "label": int32}`.
+A split is random access: `len(split)` and `split[i] -> {"image": uint8 HWC, "label": int32}`. One
+of compressed images also has `split.open(i) -> (PIL image, label)`, which saves whoever resizes the
+image the way through an array and back.
 """
 
 import dataclasses

@@ -88,10 +88,17 @@ def find(places: Iterable[str | os.PathLike]) -> list[pathlib.Path]:
     return found
 
 
-def _opened(file: Any, name: Any, channels: int, upright: bool) -> Any:
-    """A PIL image of any mode as RGB (3 channels) or grey (1); `upright`: as its EXIF data says.
+def opened(file: Any, name: Any, channels: int = 3, upright: bool = False) -> Any:
+    """A PIL image of any mode and size as RGB (3 channels) or grey (1).
 
-    Raises UserError: not an image that can be read.
+    Args:
+      file: a path, or a binary file object.
+      name: what errors call it.
+      channels: 3 or 1.
+      upright: turn it as its EXIF data says.
+
+    Raises:
+      UserError: not an image that can be read.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -109,22 +116,14 @@ def _opened(file: Any, name: Any, channels: int, upright: bool) -> Any:
         image = Image.fromarray(_TO_BYTES[image.mode](np.asarray(image)).astype(np.uint8))
     elif image.mode == "P":  # the palette may hold transparency
         image = image.convert("RGBA")
-    return image.convert("RGB" if channels == 3 else "L")
+    mode = "RGB" if channels == 3 else "L"
+    return image if image.mode == mode else image.convert(mode)
 
 
-def decode(file: Any, name: Any, channels: int = 3) -> np.ndarray:
-    """An image of any mode and size, as it is stored: uint8 (height, width, channels).
-
-    Args:
-      file: a path, or a binary file object.
-      name: what errors call it.
-      channels: 3 or 1.
-
-    Raises:
-      UserError: not an image that can be read.
-    """
-    image = _opened(file, name, channels, upright=False)
-    return np.asarray(image).reshape(image.height, image.width, channels)
+def to_array(image: Any) -> np.ndarray:
+    """An RGB or grey PIL image as uint8 (height, width, 3 or 1)."""
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def read(
@@ -136,5 +135,5 @@ def read(
     """
     if channels not in (1, 3):
         raise UserError(f"{path}: image files give 1 or 3 channels, the model takes {channels}")
-    image = _opened(path, path, channels, upright=True)
-    return np.asarray(preprocessing.resized(image, shape)).reshape(*shape, channels)
+    image = opened(path, path, channels, upright=True)
+    return to_array(preprocessing.resized(image, shape))

@@ -13,9 +13,10 @@ import grain
 import jax
 import ml_collections
 import numpy as np
+from PIL import Image
 
 from kdgqa_jax import sharding
-from kdgqa_jax.data.images import Preprocessing
+from kdgqa_jax.data.images import Preprocessing, to_array
 from kdgqa_jax.data.sources import Dataset
 from kdgqa_jax.errors import UserError
 
@@ -47,24 +48,28 @@ class Prepared:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not self.skip_corrupt:
-            return self._resized(self.split[index])
+            return self._item(index)
         for attempt in range(len(self)):
             try:
-                item = self._resized(self.split[(index + attempt) % len(self)])
+                item = self._item((index + attempt) % len(self))
             except UserError:
                 continue
             return {**item, "corrupt": np.bool_(attempt > 0)}
         raise UserError("no image of the split can be read")
 
-    def _resized(self, item: dict[str, Any]) -> dict[str, Any]:
-        from PIL import Image
-
-        pixels = item["image"]
-        if pixels.shape[:2] == self.shape:
-            return item
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-        resized = np.asarray(self.preprocessing.resized(image, self.shape))
-        return {**item, "image": resized.reshape(*self.shape, pixels.shape[2])}
+    def _item(self, index: int) -> dict[str, Any]:
+        if hasattr(self.split, "open"):
+            image, label = self.split.open(index)
+            item = {"label": label}
+        else:
+            item = self.split[index]
+            if item["image"].shape[:2] == self.shape:
+                return item
+            pixels = item["image"]
+            image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        if (image.height, image.width) != self.shape:
+            image = self.preprocessing.resized(image, self.shape)
+        return {**item, "image": to_array(image)}
 
 
 PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing))

@@ -130,7 +130,8 @@ class TfdsSplit:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def open(self, index: int) -> tuple[Any, np.int32]:
+        """(PIL image, label): see `dataset.Split`."""
         index = range(self._length)[index]  # IndexError past the end
         file = int(np.searchsorted(self._ends, index, side="right"))
         name = f"{self._files[file]}: record {index} of split {self.split!r}"
@@ -143,8 +144,12 @@ class TfdsSplit:
             raise UserError(
                 f"{name}: label {label} is out of range for {self._num_classes} classes"
             )
-        image = images.decode(io.BytesIO(record[self.keys[0]]), name, self._channels)
-        return {"image": image, "label": np.int32(label)}
+        encoded = io.BytesIO(record[self.keys[0]])
+        return images.opened(encoded, name, self._channels), np.int32(label)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label = self.open(index)
+        return {"image": images.to_array(image), "label": label}
 
 
 def _open_builder(directory: str) -> Any:

@@ -31,9 +31,14 @@ class FileSplit:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def open(self, index: int) -> tuple[Any, np.int32]:
+        """(PIL image, label): see `dataset.Split`."""
         path = os.path.join(self.root, self.names[index])
-        return {"image": images.decode(path, path), "label": self.labels[index]}
+        return images.opened(path, path), self.labels[index]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label = self.open(index)
+        return {"image": images.to_array(image), "label": label}
 
 
 # --- What lies in a folder ----------------------------------------------------------------------
