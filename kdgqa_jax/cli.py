@@ -188,6 +188,7 @@ def _floats(text: str) -> list[float]:
 
 _image_size.__name__, _floats.__name__ = "SIDE or HEIGHTxWIDTH", "numbers with commas"
 
+_NAMES = {"metavar": "NAME", "nargs": "+", "default": []}
 _CONVERT_OPTIONS: dict[str, dict] = {
     "attention": {"help": "variant; none: that of the source"},
     "num_kv_heads": {"type": int, "help": "key/value heads; none: half the query heads"},
@@ -199,8 +200,18 @@ _CONVERT_OPTIONS: dict[str, dict] = {
     "channels": {"type": int, "help": "of images; none: as it is"},
     "mean": {"type": _floats, "help": "of pixels in 0..1, with commas"},
     "std": {"type": _floats, "help": "of pixels in 0..1, with commas"},
-    "allow_missing": {"nargs": "+", "default": [], "help": "may be missing: starts anew"},
-    "allow_left_over": {"nargs": "+", "default": [], "help": "may be in the source, unused"},
+    "allow_missing": {
+        "metavar": "NAME",
+        "nargs": "+",
+        "default": [],
+        "help": "may be missing: starts anew",
+    },
+    "allow_left_over": {
+        "metavar": "NAME",
+        "nargs": "+",
+        "default": [],
+        "help": "may be in the source, unused",
+    },
     "allow_nan": {"action": "store_true", "help": "accept NaN and infinity"},
 }
 """The options of `convert.load`."""
@@ -212,7 +223,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", help="write a file instead: safetensors or released (.pth)")
     for name, settings in _CONVERT_OPTIONS.items():
         metavar = {} if "action" in settings else {"metavar": name.split("_")[-1].upper()}
-        parser.add_argument(f"--{name.replace('_', '-')}", **metavar, **settings)
+        parser.add_argument(f"--{name.replace('_', '-')}", **{**metavar, **settings})
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
@@ -244,6 +255,28 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
 _WITHOUT_CONFIG = ("prepare", "convert", "predict", "inspect")
 
 
+class _Help(argparse.HelpFormatter):
+    """Help on one screen: wide flags beside their texts, defaults where there are any."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default is False or action.default in (None, "", [], argparse.SUPPRESS)
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    needed = [a for a in parser._actions if a.required]
+    shown = [
+        f"{a.option_strings[0]} {a.metavar or a.dest.upper()}"
+        if a.option_strings
+        else "{" + ",".join(a.choices) + "}"
+        for a in needed
+    ]
+    return " ".join([parser.prog, *shown, "[options]"])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kdgqa",
@@ -258,10 +291,11 @@ def _parser() -> argparse.ArgumentParser:
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=None if name in _WITHOUT_CONFIG else _OVERRIDES,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )
         add_flags(command)
         command.add_argument("--debug", action="store_true", help="show tracebacks")
+        command.usage = _usage(command)
         command.set_defaults(run=run)
     return parser
 

@@ -6,8 +6,9 @@ from kdgqa_jax import cli, config, study
 from kdgqa_jax.errors import UserError
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo"], ["study"], ["train"]])
-def test_help_fits_one_screen(capsys, arguments):
+@pytest.mark.parametrize("arguments", [[], *([command] for command in cli.COMMANDS)])
+def test_help_fits_one_screen(capsys, monkeypatch, arguments):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         cli.main([*arguments, "--help"])
     assert stop.value.code == 0

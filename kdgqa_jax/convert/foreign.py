@@ -93,7 +93,9 @@ def load_foreign(
     norm_stats = _norm_stats(file, caches, *heads, report)
     report.left_over = left_over
     report.notes.append(f"recognised as {layout.title}: {source.path.name}")
-    arguments["attention"] = inference.attention_of(source, *heads)
+    attention, reason = inference.attention_of(source, *heads)
+    arguments["attention"] = attention
+    report.notes += [f"attention {attention}: {reason}"] if attention else []
     description, notes = preprocessing.describe(source, model.image_shape, channels)
     report.notes += notes
     description |= {"channels": channels, "class_names": _class_names(source, model.num_classes)}

@@ -224,26 +224,22 @@ def _grid(source: Source, layout: Layout, length: int, patch_size: int) -> tuple
     return side, side
 
 
-def attention_of(source: Source, num_heads: int, num_kv_heads: int) -> str | None:
-    """The variant that a file holds; None where its contents leave it open.
+def attention_of(source: Source, num_heads: int, num_kv_heads: int) -> tuple[str | None, str]:
+    """(the variant that a file holds, how that is known); None where its contents leave it open.
 
     Weights of `gqa`, `kdgqa` and `pgqa` look alike: there the name of the file decides, if it holds
     the name of a variant.
     """
     if "attention" in source.metadata.get("model", {}):
-        return variant_name(source.metadata["model"]["attention"])
-    layout = LAYOUTS["released"]
-    remembers = any(
-        layout.canonical(name) == layout.theirs("blocks_0/attn/key_norm")[0]
-        for name in source.arrays
-    )
-    if remembers:
-        return "dgqa_diff" if "diff" in source.path.stem.lower() else "dgqa_ema"
-    named = [
-        name
-        for name in (*VARIANTS, *ALIASES)
-        if re.search(rf"(?<![a-z]){name}(?![a-z])", source.path.stem.lower())
-    ]
+        return variant_name(source.metadata["model"]["attention"]), "the file says it"
+    layout, stem = LAYOUTS["released"], source.path.stem.lower()
+    cache, _ = layout.theirs("blocks_0/attn/key_norm")
+    if any(layout.canonical(name) == cache for name in source.arrays):
+        variant = "dgqa_diff" if "diff" in stem else "dgqa_ema"
+        return variant, "the file holds a cache of norms, and its name tells of which rule"
+    named = [v for v in (*VARIANTS, *ALIASES) if re.search(rf"(?<![a-z]){v}(?![a-z])", stem)]
     if len(named) == 1 and (variant_name(named[0]) == "mha") == (num_kv_heads == num_heads):
-        return variant_name(named[0])
-    return "mha" if num_kv_heads == num_heads else None
+        return variant_name(named[0]), "by the name of the file"
+    if num_kv_heads == num_heads:
+        return "mha", "as many key/value heads as query heads"
+    return None, ""
