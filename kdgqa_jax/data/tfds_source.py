@@ -92,9 +92,10 @@ class TfdsSplit:
     """
 
     def __init__(self, directory: str, split: str, keys: tuple[str, str]):
-        import tensorflow_datasets as tfds
+        from tensorflow_datasets.proto import tf_example_pb2
 
         self.directory, self.split, self.keys = directory, split, keys
+        self._example = tf_example_pb2.Example
         builder = _open_builder(directory)
         features = builder.info.features
         self._channels = 1 if features[keys[0]].shape[-1] == 1 else 3
@@ -103,11 +104,10 @@ class TfdsSplit:
             raise UserError(
                 f"{directory} has no split {split!r}, only {', '.join(builder.info.splits)}"
             )
-        # Nothing is decoded by tfds: it does so differently with OpenCV and without, and would
-        # decode the segmentation masks of the pets too.
-        encoded = {key: tfds.decode.SkipDecoding() for key in features}
+        # Nothing is decoded by tfds: it does so differently with OpenCV and without, would decode
+        # the segmentation masks of the pets too, and takes as long as PIL for a small image.
         try:
-            self._records = builder.as_data_source(split, decoders=encoded)
+            self._records = builder.as_data_source(split).data_source
         except NotImplementedError:
             raise UserError(
                 f"{directory} is prepared as {builder.info.file_format.value}, which has no random"
@@ -136,16 +136,16 @@ class TfdsSplit:
         file = int(np.searchsorted(self._ends, index, side="right"))
         name = f"{self._files[file]}: record {index} of split {self.split!r}"
         try:
-            record = self._records[index]
+            features = self._example.FromString(self._records[index]).features.feature
+            encoded = features[self.keys[0]].bytes_list.value[0]
+            label = features[self.keys[1]].int64_list.value[0]
         except Exception as error:
             raise UserError(f"{name} cannot be read ({_one_line(error)}); {_ANEW}") from None
-        label = int(record[self.keys[1]])
         if not 0 <= label < self._num_classes:
             raise UserError(
                 f"{name}: label {label} is out of range for {self._num_classes} classes"
             )
-        encoded = io.BytesIO(record[self.keys[0]])
-        return images.opened(encoded, name, self._channels), np.int32(label)
+        return images.opened(io.BytesIO(encoded), name, self._channels), np.int32(label)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, label = self.open(index)

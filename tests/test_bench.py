@@ -1,0 +1,31 @@
+"""Benchmarks run and tell what they promise; their numbers are not tested."""
+
+import pytest
+
+from kdgqa_jax import bench, bench_data, cli
+
+
+def test_data_stages_side_by_side(capsys):
+    config = bench_data.bench_config("digits", "", batch_size=16, workers=0)
+    results = bench_data.bench_data(config, image_size=16, images=64)
+    assert [r["stage"] for r in results] == [
+        "decode",
+        "decode and resize: plain loop",
+        "host pipeline, 0 workers",
+        "transfer",
+        "augment on the device",
+    ]
+    assert all(r["rate"] > 0 for r in results) and results[1]["ratio"] == 1.0
+    assert results[-1]["compilations"] == 1  # for every batch
+    assert "8x8x1 from the host, to 16 px" in capsys.readouterr().out
+
+
+def test_bad_data_is_told(capsys):
+    assert cli.main(["bench", "data", "--dataset", "digit"]) == 1
+    assert "did you mean 'digits'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_conversion_is_measured():
+    result = bench.bench_convert("Ti/16")
+    assert result["peak_bytes"] > result["file_bytes"] > 20e6 and result["seconds"] > 0
