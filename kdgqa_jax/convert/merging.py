@@ -35,10 +35,10 @@ Biases (N,H), (J,H), (J,H), (D,); those of query, key and value may be missing.
 """
 
 FLOOR = 1e-6  # least eigenvalue under a square root, as a share of the largest one
-RIDGE = 1e-8  # isotropic part added to the input moments, as a share of their mean eigenvalue
-# Both are at the rounding noise of moments summed in float32. The floor bounds how much a direction
-# that calibration hardly saw is blown up; the ridge orders directions that it never saw by the
-# weights instead of by rounding errors.
+RIDGE = 1e-6  # isotropic part added to the input moments, as a share of their mean eigenvalue
+# Moments summed in float32 are known to about that. The floor bounds how much a direction that
+# queries or outputs hardly use is blown up; the ridge has the weights decide about directions that
+# calibration never showed, where rounding errors would.
 
 
 @dataclasses.dataclass
@@ -176,7 +176,7 @@ def _procrustes(moment: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.
             products = blocks[g] @ rotations
             rotations[g], more = rotation(products.sum(axis=0) - products[g])
             gain += more
-        if gain <= before * (1.0 + 1e-12):
+        if gain <= before * (1.0 + 1e-9):
             break
         before = gain
     return rotations / group, rotations
@@ -274,12 +274,12 @@ def merge_heads(
 
     # Queries and output rows take the decoder of the key/value head that served them: (N, H, H).
     key_back, value_back = (np.repeat(m[1], num_heads // have, 0) for m in (key_maps, value_maps))
+    queries = layer["query"].items()
     merged = {
-        "query": {leaf: np.einsum("...nh,nhe->...ne", x, key_back) for leaf, x in
-                  layer["query"].items()},
+        "query": {leaf: np.einsum("...nh,nhe->...ne", x, key_back) for leaf, x in queries},
         "key": encoded(layer["key"], key_maps[0]),
         "value": encoded(layer["value"], value_maps[0]),
-    }  # fmt: skip
+    }
     mean, shared_mean = (
         np.repeat(_head_means(x["value"], moments), repeats, axis=0)  # (N, H)
         for x, repeats in ((layer, num_heads // have), (merged, num_heads // num_kv_heads))
@@ -491,9 +491,10 @@ def to_merged(
     converted, merged = dict(params), {}
     for name in (name for name in params if name.startswith("blocks_")):
         old, norm = params[name]["attn"], params[name]["norm1"]
-        of_layer = data_free_moments(norm["scale"], norm["bias"]) if moments is None else (
-            moments[name]
-        )  # fmt: skip
+        if moments is None:
+            of_layer = data_free_moments(norm["scale"], norm["bias"])
+        else:
+            of_layer = moments[name]
         merged[name] = merge_heads(old, num_kv_heads, of_layer, rule)
         attention = {
             projection: {leaf: x.astype(old[projection][leaf].dtype) for leaf, x in leaves.items()}
