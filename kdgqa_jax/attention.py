@@ -102,7 +102,7 @@ class GroupedQueryAttention(nn.Module):
     changes nothing. RNG streams: `dropout`, and `noise` for PGQA.
 
     Sown when the collection is mutable: `grouping` gets key_norm, allocation and group_index;
-    `intermediates` gets the attention maps BNTS.
+    `intermediates` gets the attention maps BNTS; `inputs` gets the input x BTD.
 
     Attributes:
       num_heads: N.
@@ -219,6 +219,7 @@ class GroupedQueryAttention(nn.Module):
                 f"model width {width} is not a multiple of the {self.num_heads} query heads"
             )
         head_width = width // self.num_heads
+        self._record("inputs", x=x)
         common = {
             "kernel_init": self.kernel_init,
             "dtype": self.dtype,

@@ -192,7 +192,7 @@ _NAMES = {"metavar": "NAME", "nargs": "+", "default": []}
 _CONVERT_OPTIONS: dict[str, dict] = {
     "attention": {"help": "variant; none: that of the source"},
     "num_kv_heads": {"type": int, "help": "key/value heads; none: half the query heads"},
-    "pooling": {"default": "mean", "help": "mean, first or random"},
+    "pooling": {"default": "mean", "help": "mean, first, random, procrustes or svd"},
     "seed": {"type": int, "default": 0, "help": "of random pooling and new arrays"},
     "image_size": {"type": _image_size, "help": "SIDE or HEIGHTxWIDTH; none: as it is"},
     "num_classes": {"type": int, "help": "of a new head; none: as it is"},

@@ -38,6 +38,8 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block only
 }
 
+_COLLECTIONS = ("params", "norm_stats", "grouping", "intermediates", "inputs")
+
 _CHOICES = {
     "pool": ("token", "avg"),
     "distillation": ("none", "token", "head"),
@@ -152,7 +154,7 @@ class VisionTransformer(nn.Module):
         if self.scan_layers:
             block = nn.scan(
                 block,
-                variable_axes={"params": 0, "norm_stats": 0, "grouping": 0, "intermediates": 0},
+                variable_axes=dict.fromkeys(_COLLECTIONS, 0),
                 split_rngs={"params": True, "dropout": True, "noise": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=self.depth,

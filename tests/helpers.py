@@ -259,8 +259,10 @@ def naive_norm(x, params) -> np.ndarray:
     )
 
 
-def naive_vit(images, params, index, patch: int, pool: str = "token") -> np.ndarray:
-    """timm's ViT in float64 with a given group index: logits."""
+def naive_vit(
+    images, params, index, patch: int, pool: str = "token", inputs: list | None = None
+) -> np.ndarray:
+    """timm's ViT in float64 with a given group index: logits; attention inputs go to `inputs`."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     batch, height, width, _ = images.shape
     kernel = params["patch_embed"]["kernel"]
@@ -275,7 +277,10 @@ def naive_vit(images, params, index, patch: int, pool: str = "token") -> np.ndar
     x = x + params["pos_embed"]
     for i in range(sum(name.startswith("blocks_") for name in params)):
         block = params[f"blocks_{i}"]
-        x = x + naive_layer(naive_norm(x, block["norm1"]), block["attn"], index)
+        y = naive_norm(x, block["norm1"])
+        if inputs is not None:
+            inputs.append(y)
+        x = x + naive_layer(y, block["attn"], index)
         y = naive_norm(x, block["norm2"])
         y = y @ block["mlp"]["fc1"]["kernel"] + block["mlp"]["fc1"]["bias"]
         y = 0.5 * y * (1.0 + np.vectorize(math.erf)(y / math.sqrt(2.0)))

@@ -5,23 +5,44 @@
     converted.save("vit_base_kdgqa")     # a model directory
 
 files.py reads arrays, layouts.py knows what each framework calls them, inference.py finds out the
-architecture, adapt.py changes sizes, pooling.py groups heads; loading.py puts them together, and
-exporting.py goes back to PyTorch names.
+architecture, adapt.py changes sizes, pooling.py groups heads, merging.py does so with less loss and
+calibration.py gathers what it needs to know; loading.py puts them together, and exporting.py goes
+back to PyTorch names.
 """
 
 from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed
+from kdgqa_jax.convert.calibration import gather_moments
 from kdgqa_jax.convert.exporting import export, to_pytorch
 from kdgqa_jax.convert.loading import Converted, load
+from kdgqa_jax.convert.merging import (
+    MERGING,
+    InputMoments,
+    Merged,
+    balance_heads,
+    data_free_moments,
+    merge_heads,
+    refit_output,
+    to_merged,
+)
 from kdgqa_jax.convert.pooling import POOLING, pool_heads, to_grouped
 
 __all__ = [
+    "MERGING",
     "POOLING",
     "Converted",
+    "InputMoments",
+    "Merged",
     "adapt_input_channels",
+    "balance_heads",
+    "data_free_moments",
     "export",
+    "gather_moments",
     "load",
+    "merge_heads",
     "pool_heads",
+    "refit_output",
     "resize_pos_embed",
     "to_grouped",
+    "to_merged",
     "to_pytorch",
 ]

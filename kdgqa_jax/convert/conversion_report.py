@@ -24,6 +24,7 @@ class ConversionReport:
         self.entries: dict[str, Entry] = {}
         self.left_over: list[str] = []
         self.notes: list[str] = []
+        self.energy_kept: dict[str, dict[str, list[float]]] = {}  # of merged heads, by layer
 
     def add(self, name: str, source: str, *how: str) -> None:
         """A parameter that comes from an array of the source."""
@@ -63,7 +64,8 @@ class ConversionReport:
     def to_json(self) -> dict[str, Any]:
         """What a model directory keeps."""
         rows = [dict(zip(self.HEADER, row, strict=True)) for row in self.rows()]
-        return {"source": self.source, "notes": self.notes, "parameters": rows}
+        told = {"source": self.source, "notes": self.notes, "parameters": rows}
+        return {**told, "energy_kept": self.energy_kept} if self.energy_kept else told
 
 
 def _span(numbers: list[int]) -> str:

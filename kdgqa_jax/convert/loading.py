@@ -11,13 +11,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kdgqa_jax import checkpoint, layers, vit, workdir
-from kdgqa_jax.attention import variant_name
+from kdgqa_jax.attention import VARIANTS, variant_name
+from kdgqa_jax.convert import calibration as calibrating
 from kdgqa_jax.convert import files
 from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed
 from kdgqa_jax.convert.conversion_report import ConversionReport
 from kdgqa_jax.convert.foreign import Loaded, load_foreign
-from kdgqa_jax.convert.pooling import to_grouped
-from kdgqa_jax.errors import UserError
+from kdgqa_jax.convert.merging import MERGING, Merged, to_merged
+from kdgqa_jax.convert.pooling import POOLING, to_grouped
+from kdgqa_jax.errors import UserError, unknown
 from kdgqa_jax.version import versions
 
 
@@ -41,6 +43,7 @@ def load(
     attention: str | None = None,
     num_kv_heads: int | None = None,
     pooling: str = "mean",
+    calibration: np.ndarray | None = None,
     seed: int = 0,
     image_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
@@ -59,7 +62,10 @@ def load(
         (.npz) or the paper's released code; a model directory of ours; or "hf:org/name".
       attention: a name in `attention.VARIANTS`; None: that of the source.
       num_kv_heads: K; None: that of a grouped source, else N for `mha` and N/2 for the others.
-      pooling: how key/value heads are pooled, a name in `POOLING`.
+      pooling: how key/value heads are pooled, a name in `POOLING`, or merged, one in `MERGING`.
+      calibration: (n, height, width, channels) float32, normalised, of the size of the result:
+        images to merge by; the source's own layers say what they see of them. None: without data,
+        by weights and norm scales alone.
       seed: of random pooling and of what starts anew.
       image_size: side in pixels or (height, width); the position embedding is resized. None: that
         of the source.
@@ -95,7 +101,7 @@ def load(
     _fit_head(loaded, before, model)
     _fit_images(loaded, before, model, channels)
     _fit_preprocessing(loaded.description, mean, std)
-    _fit_kv_heads(loaded, before, model, pooling, seed)
+    _fit_kv_heads(loaded, before, model, pooling, seed, calibration)
     _fit_norm_stats(loaded, before, model)
     for path, x in {**loaded.params, **loaded.norm_stats}.items():
         loaded.report.entries[path].shape = x.shape
@@ -250,15 +256,92 @@ def _fit_kv_heads(
     model: vit.VisionTransformer,
     pooling: str,
     seed: int,
+    calibration: np.ndarray | None,
 ) -> None:
+    if calibration is not None and pooling not in MERGING:
+        raise UserError(
+            f"pooling {pooling!r} takes no calibration images; {' and '.join(MERGING)} do"
+        )
     have, want = before.attention["num_kv_heads"], model.attention["num_kv_heads"]
     if have == want:
         return
-    params = to_grouped(unflatten_dict(loaded.params, sep="/"), want, pooling, seed)
+    if pooling not in (*POOLING, *MERGING):
+        raise unknown("pooling", pooling, (*POOLING, *MERGING))
+    params = unflatten_dict(loaded.params, sep="/")
+    if pooling in MERGING:
+        params = _merge(loaded, before, model, params, pooling, calibration)
+        how = f"merged {have} to {want} heads ({pooling})"
+        for name in loaded.params:
+            if "/attn/query/" in name or "/attn/out/" in name:
+                loaded.report.changed(name, f"adapted to merged heads ({pooling})")
+    else:
+        params = to_grouped(params, want, pooling, seed)
+        how = f"pooled {have} to {want} heads ({pooling})"
     loaded.params = flatten_dict(jax.device_get(params), sep="/")
     for name in loaded.params:
         if "/attn/key/" in name or "/attn/value/" in name:
-            loaded.report.changed(name, f"pooled {have} to {want} heads ({pooling})")
+            loaded.report.changed(name, how)
+
+
+def _merge(
+    loaded: Loaded,
+    before: vit.VisionTransformer,
+    model: vit.VisionTransformer,
+    params: dict[str, Any],
+    rule: str,
+    calibration: np.ndarray | None,
+) -> dict[str, Any]:
+    """`to_merged`, and what the report says about it."""
+    moments, by = None, "without data, by weights and norm scales"
+    if calibration is not None:
+        moments = _moments(loaded, before, model, params, calibration)
+        by = f"calibrated with {len(calibration)} images"
+    params, merged = to_merged(params, model.attention["num_kv_heads"], moments, rule)
+    loaded.report.energy_kept = {
+        name: {"keys": layer.keys_kept.tolist(), "values": layer.values_kept.tolist()}
+        for name, layer in merged.items()
+    }
+    loaded.report.notes.append(f"heads merged by {rule}, {by}; {_energy_kept(merged)}")
+    attention = model.attention["attention"]
+    if VARIANTS[attention].rule is not None:
+        loaded.report.notes.append(
+            f"{rule} fits each query head to the key/value head of its own group: a query head that"
+            f" {attention} sends to another group's no longer matches it"
+        )
+    return params
+
+
+def _energy_kept(merged: dict[str, Merged]) -> str:
+    layers_kept = [
+        f"{name.removeprefix('blocks_')}: {layer.keys_kept.min():.1%} of keys,"
+        f" {layer.values_kept.min():.1%} of values"
+        for name, layer in merged.items()
+    ]
+    return f"energy kept by layer, least over its groups: {'; '.join(layers_kept)}"
+
+
+def _moments(
+    loaded: Loaded,
+    before: vit.VisionTransformer,
+    model: vit.VisionTransformer,
+    params: dict[str, Any],
+    images: np.ndarray,
+) -> dict[str, calibrating.InputMoments]:
+    """Of the inputs of the source's layers, once it is fitted to the images of the result."""
+    height, width = model.image_shape
+    expected = (height, width, loaded.description["channels"])
+    if np.ndim(images) != 4 or np.shape(images)[1:] != expected or not len(images):
+        raise UserError(
+            f"calibration images must be (n, {', '.join(map(str, expected))}), got shape"
+            f" {np.shape(images)}"
+        )
+    if not np.isfinite(images).all():
+        raise UserError("calibration images hold NaN or infinity")
+    variables = {"params": params}
+    if loaded.norm_stats:
+        variables["norm_stats"] = unflatten_dict(loaded.norm_stats, sep="/")
+    source = model.clone(attention=before.attention, scan_layers=False)
+    return calibrating.gather_moments(source, variables, images)
 
 
 def _fit_norm_stats(

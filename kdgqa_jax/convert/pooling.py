@@ -37,6 +37,15 @@ The GQA paper (arXiv 2305.13245) measured mean > first > random.
 """
 
 
+def check_groups(num_heads: int, num_kv_heads: int) -> None:
+    """Raise UserError unless key/value heads can be grouped into that many."""
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise UserError(
+            f"{num_heads} key/value heads cannot be pooled into {num_kv_heads}: the number has to"
+            f" divide {num_heads}"
+        )
+
+
 def pool_heads(
     x: Array, num_kv_heads: int, pooling: str = "mean", rng: Array | None = None
 ) -> Array:
@@ -47,11 +56,7 @@ def pool_heads(
     if pooling not in POOLING:
         raise unknown("pooling", pooling, POOLING)
     num_heads, width = x.shape[-2:]
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise UserError(
-            f"{num_heads} key/value heads cannot be pooled into {num_kv_heads}: the number has to"
-            f" divide {num_heads}"
-        )
+    check_groups(num_heads, num_kv_heads)
     if num_kv_heads == num_heads:
         return x
     heads = x.reshape(*x.shape[:-2], num_kv_heads, num_heads // num_kv_heads, width)

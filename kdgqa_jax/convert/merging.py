@@ -1,0 +1,504 @@
+"""Merging key/value heads so that every query head still computes almost what it computed.
+
+The heads of a group are mapped into one shared head, and the query and output projections are
+adapted to it: same architecture and shapes as pooling gives. All maps are linear and fold into the
+weights. numpy and float64 throughout; nothing here depends on a model, so the same functions serve
+any self-attention with biases or without (ViT, BERT).
+
+    D  model width    N  query heads    H  width of one head
+    J  key/value heads that there are   K  key/value heads wanted
+    G  heads of a group (J/K), each of which serves N/J query heads
+
+A rule of `MERGING` gives, for each head of a group, an encoder E[g] and a decoder R[g] (H, H each):
+
+    shared head = sum_g E[g]^T k[g]        k[g] is read back as R[g] (shared head)
+
+Queries become R^T q and output rows R^T W_o. `svd` (after arXiv 2406.07056) takes the E and R with
+the least expected squared error of the logits, queries and keys taken as independent, and of each
+head's contribution to the output; the error is what the discarded eigenvalues sum up to.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from kdgqa_jax.convert.pooling import check_groups
+from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.layers import stack_layers, unstack_layers
+
+Attention = Mapping[str, Mapping[str, Any]]
+"""One layer: "query" (D,N,H), "key" and "value" (D,J,H), "out" (N,H,D), each {"kernel", "bias"}.
+
+Biases (N,H), (J,H), (J,H), (D,); those of query, key and value may be missing.
+"""
+
+FLOOR = 1e-6  # least eigenvalue under a square root, as a share of the largest one
+RIDGE = 1e-6  # isotropic part added to the input moments, as a share of their mean eigenvalue
+# Moments summed in float32 are known to about that. The floor bounds how much a direction that
+# queries or outputs hardly use is blown up; the ridge has the weights decide about directions that
+# calibration never showed, where rounding errors would.
+
+
+@dataclasses.dataclass
+class InputMoments:
+    """Sums over the tokens of a layer's input (after its norm), from which all moments follow.
+
+    Sums of several batches add up. Centring comes before squaring, and what depends on the mean is
+    a sum over images, so that a large mean costs no digits.
+
+    Attributes:
+      tokens: how many there were.
+      total: (D,) sum of x.
+      within: (D, D) sum of (x - m)(x - m)^T, m the mean over the tokens of the same image.
+      between: (D, D) sum of m m^T.
+    """
+
+    tokens: float
+    total: np.ndarray
+    within: np.ndarray
+    between: np.ndarray
+
+    @classmethod
+    def empty(cls, width: int) -> "InputMoments":
+        """No tokens yet."""
+        return cls(0.0, np.zeros(width), np.zeros((width, width)), np.zeros((width, width)))
+
+    @classmethod
+    def of(cls, x: np.ndarray, mask: np.ndarray | None = None) -> "InputMoments":
+        """Of an input (B, T, D); mask (B, T) bool is False for padded tokens."""
+        x = np.asarray(x, np.float64)
+        mask = np.ones(x.shape[:2], bool) if mask is None else np.asarray(mask, bool)
+        tokens, there = mask.sum(axis=1), mask[..., None]
+        x = np.where(there, x, 0.0)  # padding may hold anything
+        means = x.sum(axis=1) / np.maximum(tokens, 1)[:, None]
+        centred = np.where(there, x - means[:, None], 0.0).reshape(-1, x.shape[-1])
+        moments = cls.empty(x.shape[-1])
+        moments.add_images(tokens, means, centred.T @ centred)
+        return moments
+
+    def add_images(self, tokens: np.ndarray, means: np.ndarray, within: np.ndarray) -> None:
+        """Add images: their numbers of tokens (B,), mean tokens (B, D) and sum `within`, in place.
+
+        Images with 0 tokens count for nothing.
+        """
+        tokens, means = np.asarray(tokens, np.float64), np.asarray(means, np.float64)
+        weighted = means * tokens[:, None]
+        self.tokens += float(tokens.sum())
+        self.total += weighted.sum(axis=0)
+        self.within += within
+        self.between += means.T @ weighted
+
+    def __add__(self, other: "InputMoments") -> "InputMoments":
+        fields = (field.name for field in dataclasses.fields(self))
+        return InputMoments(*(getattr(self, name) + getattr(other, name) for name in fields))
+
+    @property
+    def mean(self) -> np.ndarray:
+        """E[x], (D,)."""
+        return self.total / self.tokens
+
+    @property
+    def centred(self) -> np.ndarray:
+        """E[(x - m)(x - m)^T], m the mean over the tokens of the same image: (D, D)."""
+        return self.within / self.tokens
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Of x over all tokens of all images, (D, D)."""
+        return (self.within + self.between) / self.tokens - np.outer(self.mean, self.mean)
+
+    @property
+    def second(self) -> np.ndarray:
+        """E[x x^T], (D, D)."""
+        return (self.within + self.between) / self.tokens
+
+
+def data_free_moments(scale: np.ndarray, bias: np.ndarray) -> InputMoments:
+    """Moments without data: what a LayerNorm (D,), (D,) gives for normalised tokens.
+
+    Taken as x = scale * u + bias, with the entries of u uncorrelated and of unit variance, and
+    independent between the tokens of an image.
+    """
+    scale, bias = np.asarray(scale, np.float64), np.asarray(bias, np.float64)
+    return InputMoments(1.0, bias, np.diag(scale**2), np.outer(bias, bias))
+
+
+# --- the rules ----------------------------------------------------------------------------------
+
+
+def _symmetric_root(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Square root and its inverse of (..., H, H) positive semidefinite; of zero: zero and zero."""
+    values, vectors = np.linalg.eigh(x)
+    roots = np.sqrt(np.maximum(values, FLOOR * np.maximum(values[..., -1:], 0.0)))
+    inverses = np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0.0)
+
+    def back(diagonal: np.ndarray) -> np.ndarray:
+        return (vectors * diagonal[..., None, :]) @ vectors.swapaxes(-1, -2)
+
+    return back(roots), back(inverses)
+
+
+def _svd(moment: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eckart-Young: the top H eigenvectors of the moment in the metric of the weights."""
+    group, width = moment.shape[:2]
+    root, inverse = _symmetric_root(weight)
+    weighted = np.einsum("gab,gbhc,hcd->gahd", root, moment, root, optimize=True)
+    weighted = weighted.reshape(group * width, group * width)
+    vectors = np.linalg.eigh((weighted + weighted.T) / 2)[1][:, ::-1][:, :width]
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], axis=0)
+    vectors = vectors * np.where(largest < 0.0, -1.0, 1.0)  # LAPACK leaves the signs open
+    vectors = vectors.reshape(group, width, width)
+    return root @ vectors, inverse @ vectors
+
+
+def _procrustes(moment: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rotate every head onto the sum of the others, in turns, until nothing gains; then pool.
+
+    It starts by rotating all heads onto the one with the most energy, and each turn raises the sum
+    of products between the heads, so that it ends, and always in the same place.
+    """
+    group, width = moment.shape[:2]
+    reference = int(np.argmax(np.einsum("gaga->g", moment)))
+    blocks = moment.transpose(0, 2, 1, 3)  # g, h, (H, H)
+
+    def rotation(product: np.ndarray) -> tuple[np.ndarray, float]:
+        left, gain, right = np.linalg.svd(product)
+        return left @ right, float(gain.sum())
+
+    rotations = np.stack([rotation(blocks[g, reference])[0] for g in range(group)])
+    rotations[reference] = np.eye(width)
+    before = -np.inf
+    for _ in range(200):
+        gain = 0.0
+        for g in range(group):
+            products = blocks[g] @ rotations
+            rotations[g], more = rotation(products.sum(axis=0) - products[g])
+            gain += more
+        if gain <= before * (1.0 + 1e-9):
+            break
+        before = gain
+    return rotations / group, rotations
+
+
+MERGING: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
+    "svd": _svd,
+    "procrustes": _procrustes,
+}
+"""How the heads of a group are merged: moment and weight -> encoders and decoders (G, H, H).
+
+The moment (G, H, G, H) is E[k[g] k[h]^T] of the centred heads; weight[g] (H, H) is what an error of
+head g costs: E[q q^T] of its queries, or W_o W_o^T of its output rows.
+"""
+
+
+# --- one layer ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Merged:
+    """A layer with merged heads, and what that cost, by group.
+
+    Energies are expected squares, summed over the query heads of a group: of logits, without what
+    is equal in a row and before the division by sqrt H; and of what one token's value adds to the
+    output of the layer, its mean left out.
+    """
+
+    attention: dict[str, dict[str, np.ndarray]]  # as `Attention`, with K key/value heads; float64
+    key_energy: np.ndarray  # (K,)
+    key_lost: np.ndarray  # (K,) the expected squared error
+    value_energy: np.ndarray  # (K,)
+    value_lost: np.ndarray  # (K,)
+
+    @property
+    def keys_kept(self) -> np.ndarray:
+        """(K,) share of the energy of logits that is kept; 1 where there is none."""
+        return _share_kept(self.key_energy, self.key_lost)
+
+    @property
+    def values_kept(self) -> np.ndarray:
+        """(K,) share of the energy of values that is kept; 1 where there is none."""
+        return _share_kept(self.value_energy, self.value_lost)
+
+
+def merge_heads(
+    attention: Attention, num_kv_heads: int, moments: InputMoments, rule: str = "svd"
+) -> Merged:
+    """Merge the key/value heads of one attention layer.
+
+    The weight (out, in) of a linear layer of PyTorch is `weight.T.reshape(D, N, H)` here, that of
+    the output projection `weight.T.reshape(N, H, D)`.
+
+    Args:
+      attention: arrays of the layer, see `Attention`; J key/value heads, of which head j serves the
+        query heads j*N/J .. (j+1)*N/J - 1.
+      num_kv_heads: K; divides J. K == J changes nothing.
+      moments: of the layer's input.
+      rule: a name in `MERGING`.
+
+    Returns:
+      The merged layer in float64, balanced as `balance_heads` does, and the energies.
+
+    Raises:
+      UserError: K does not divide J, an unknown rule, moments that are empty, of another width or
+        not finite.
+    """
+    if rule not in MERGING:
+        raise unknown("merging rule", rule, MERGING)
+    layer = {
+        name: {leaf: np.asarray(x, np.float64) for leaf, x in projection.items()}
+        for name, projection in attention.items()
+    }
+    model_width, num_heads, width = layer["query"]["kernel"].shape
+    have = layer["key"]["kernel"].shape[1]
+    check_groups(have, num_kv_heads)
+    _check_moments(moments, model_width)
+    keys, values = _problems(layer, moments)
+    key_energy, value_energy = (p.energy(num_kv_heads) for p in (keys, values))
+    if have == num_kv_heads:
+        return Merged(layer, key_energy, np.zeros(have), value_energy, np.zeros(have))
+
+    ridge = RIDGE * moments.tokens * (np.trace(moments.second) / model_width or 1.0)
+    ridged = dataclasses.replace(moments, within=moments.within + ridge * np.eye(model_width))
+    key_maps, value_maps = (p.solve(num_kv_heads, rule) for p in _problems(layer, ridged))
+
+    def encoded(projection: Mapping[str, np.ndarray], encoders: np.ndarray) -> dict[str, Any]:
+        by_group = (num_kv_heads, have // num_kv_heads, width)
+        return {
+            leaf: np.einsum("...jh,jhe->...je", x, encoders)
+            .reshape(*x.shape[:-2], *by_group)
+            .sum(axis=-2)
+            for leaf, x in projection.items()
+        }
+
+    # Queries and output rows take the decoder of the key/value head that served them: (N, H, H).
+    key_back, value_back = (np.repeat(m[1], num_heads // have, 0) for m in (key_maps, value_maps))
+    queries = layer["query"].items()
+    merged = {
+        "query": {leaf: np.einsum("...nh,nhe->...ne", x, key_back) for leaf, x in queries},
+        "key": encoded(layer["key"], key_maps[0]),
+        "value": encoded(layer["value"], value_maps[0]),
+    }
+    mean, shared_mean = (
+        np.repeat(_head_means(x["value"], moments), repeats, axis=0)  # (N, H)
+        for x, repeats in ((layer, num_heads // have), (merged, num_heads // num_kv_heads))
+    )
+    missing = mean - np.einsum("nhe,ne->nh", value_back, shared_mean)
+    rows = layer["out"]["kernel"]
+    merged["out"] = {
+        "kernel": np.einsum("nhe,nhd->ned", value_back, rows),
+        "bias": layer["out"]["bias"] + np.einsum("nh,nhd->d", missing, rows),
+    }
+    return Merged(
+        balance_heads(merged),
+        key_energy,
+        keys.lost(num_kv_heads, *key_maps),
+        value_energy,
+        values.lost(num_kv_heads, *value_maps),
+    )
+
+
+def balance_heads(attention: Attention) -> dict[str, dict[str, np.ndarray]]:
+    """Give every dimension of a shared head the same scale on both sides; the function stays.
+
+    Afterwards the norm of its column in the key kernel is the root mean square of those in the
+    kernels of the query heads that it serves, and so for value and output. Weight decay and updates
+    of one size for all weights, as Adam makes, then meet what they meet in an ordinary model.
+    Dimensions that are dead on either side stay as they are.
+    """
+    layer = {name: dict(projection) for name, projection in attention.items()}
+    num_heads, num_kv_heads = layer["query"]["kernel"].shape[1], layer["key"]["kernel"].shape[1]
+    group = num_heads // num_kv_heads
+
+    def scales(one: np.ndarray, many: np.ndarray) -> np.ndarray:
+        """Squared norms (K, H) and (N, H) -> factors (K, H) on the one side."""
+        mean = many.reshape(num_kv_heads, group, -1).mean(axis=1)
+        alive = np.minimum(one / (one.max() or 1.0), mean / (mean.max() or 1.0)) > 1e-14
+        ratio = np.divide(mean, one, out=np.ones_like(one), where=alive)
+        return ratio**0.25
+
+    def squares(name: str, axis: int) -> np.ndarray:
+        return np.sum(np.square(layer[name]["kernel"]), axis=axis)
+
+    factor = scales(squares("key", 0), squares("query", 0))
+    layer["key"] = {leaf: x * factor for leaf, x in layer["key"].items()}
+    back = np.repeat(factor, group, axis=0)
+    layer["query"] = {leaf: x / back for leaf, x in layer["query"].items()}
+    factor = scales(squares("value", 0), squares("out", 2))
+    layer["value"] = {leaf: x * factor for leaf, x in layer["value"].items()}
+    back = np.repeat(factor, group, axis=0)
+    layer["out"]["kernel"] = layer["out"]["kernel"] / back[..., None]
+    return layer
+
+
+@dataclasses.dataclass
+class _Problem:
+    """What to merge: moment (J, H, J, H) of all heads and weight (J, H, H), as in `MERGING`."""
+
+    moment: np.ndarray
+    weight: np.ndarray
+
+    def groups(self, num_kv_heads: int, *more: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+        """(moment, weight, *more) of each group."""
+        group = len(self.weight) // num_kv_heads
+        parts = [slice(i * group, (i + 1) * group) for i in range(num_kv_heads)]
+        return [(self.moment[p, :, p], *(x[p] for x in (self.weight, *more))) for p in parts]
+
+    def solve(self, num_kv_heads: int, rule: str) -> tuple[np.ndarray, np.ndarray]:
+        """Encoders and decoders of all heads, (J, H, H) each."""
+        maps = [MERGING[rule](*group) for group in self.groups(num_kv_heads)]
+        encoders, decoders = zip(*maps, strict=True)
+        return np.concatenate(encoders), np.concatenate(decoders)
+
+    def energy(self, num_kv_heads: int) -> np.ndarray:
+        """(K,)."""
+        return np.array([_energy(*group) for group in self.groups(num_kv_heads)])
+
+    def lost(self, num_kv_heads: int, encoders: np.ndarray, decoders: np.ndarray) -> np.ndarray:
+        """(K,) energy of what reading the shared head back does not give."""
+        lost = []
+        for moment, weight, encoder, decoder in self.groups(num_kv_heads, encoders, decoders):
+            group, width = moment.shape[:2]
+            size = group * width
+            error = np.eye(size) - decoder.reshape(size, width) @ encoder.reshape(size, width).T
+            moment = error @ moment.reshape(size, size) @ error.T
+            lost.append(_energy(moment.reshape(group, width, group, width), weight))
+        return np.array(lost)
+
+
+def _energy(moment: np.ndarray, weight: np.ndarray) -> float:
+    return float(np.einsum("gagb,gba->", moment, weight))
+
+
+def _share_kept(energy: np.ndarray, lost: np.ndarray) -> np.ndarray:
+    return 1.0 - np.divide(lost, energy, out=np.zeros_like(lost), where=energy > 0.0)
+
+
+def _problems(layer: Attention, moments: InputMoments) -> tuple[_Problem, _Problem]:
+    """Of keys and of values."""
+    query, key, value = (layer[name]["kernel"] for name in ("query", "key", "value"))
+    rows, have = layer["out"]["kernel"], key.shape[1]
+
+    def among_heads(kernel: np.ndarray, moment: np.ndarray) -> np.ndarray:
+        flat = kernel.reshape(len(kernel), -1)
+        return (flat.T @ moment @ flat).reshape(*kernel.shape[1:], *kernel.shape[1:])
+
+    # Key heads and value heads pay for all query heads that they serve.
+    means = _head_means(layer["query"], moments)
+    spread = query.transpose(1, 2, 0) @ np.tensordot(moments.covariance, query, 1).swapaxes(0, 1)
+    query_weight = spread + means[:, :, None] * means[:, None, :]
+    key_weight, value_weight = (
+        x.reshape(have, -1, *x.shape[1:]).sum(axis=1)
+        for x in (query_weight, rows @ rows.swapaxes(1, 2))
+    )
+    return (
+        _Problem(among_heads(key, moments.centred), key_weight),
+        _Problem(among_heads(value, moments.covariance), value_weight),
+    )
+
+
+def _head_means(projection: Mapping[str, np.ndarray], moments: InputMoments) -> np.ndarray:
+    """E of a projection, (heads, H)."""
+    return np.tensordot(moments.mean, projection["kernel"], 1) + projection.get("bias", 0.0)
+
+
+def _check_moments(moments: InputMoments, width: int) -> None:
+    if moments.tokens <= 0:
+        raise UserError("the moments to merge heads by hold no tokens; give calibration images")
+    if moments.total.shape != (width,):
+        raise UserError(
+            f"moments of {len(moments.total)} features do not fit a layer of width {width}"
+        )
+    if not all(np.isfinite(x).all() for x in (moments.total, moments.within, moments.between)):
+        raise UserError("the moments to merge heads by hold NaN or infinity; check the images")
+
+
+# --- after merging ------------------------------------------------------------------------------
+
+
+def refit_output(
+    kernel: np.ndarray,
+    bias: np.ndarray,
+    inputs: np.ndarray,
+    cross: np.ndarray,
+    input_mean: np.ndarray,
+    target_mean: np.ndarray,
+    strength: float = 1e-3,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression of a target on the outputs of the heads, towards the present weights.
+
+    Minimises E|y - W^T a - b|^2 + r |W - W_o|^2 over W and b, where a is all heads' output before
+    the output projection and y the residual update that is wanted.
+
+    Args:
+      kernel: W_o (N, H, D).
+      bias: (D,); takes part in nothing but the dtype: b is free.
+      inputs: E[a a^T], (N*H, N*H).
+      cross: E[a y^T], (N*H, D).
+      input_mean: E[a], (N*H,).
+      target_mean: E[y], (D,).
+      strength: r as a share of the mean variance of a. Larger ones stay nearer to W_o.
+
+    Returns:
+      (kernel (N, H, D), bias (D,)) in float64.
+
+    Raises:
+      UserError: a strength that is not positive.
+    """
+    if not strength > 0.0:
+        raise UserError(f"strength={strength} of the ridge regression must be positive")
+    inputs, cross, input_mean, target_mean, old = (
+        np.asarray(x, np.float64) for x in (inputs, cross, input_mean, target_mean, kernel)
+    )
+    size = len(input_mean)
+    covariance = inputs - np.outer(input_mean, input_mean)
+    wanted = cross - np.outer(input_mean, target_mean)
+    ridge = strength * (np.trace(covariance) / size or 1.0)
+    old = old.reshape(size, -1)
+    new = np.linalg.solve(covariance + ridge * np.eye(size), wanted + ridge * old)
+    return new.reshape(kernel.shape), target_mean - input_mean @ new
+
+
+# --- all layers of a ViT ------------------------------------------------------------------------
+
+
+def to_merged(
+    params: dict[str, Any],
+    num_kv_heads: int,
+    moments: Mapping[str, InputMoments] | None = None,
+    rule: str = "svd",
+) -> tuple[dict[str, Any], dict[str, Merged]]:
+    """Parameters of a ViT with K key/value heads from those of one with more.
+
+    Args:
+      params: of `vit.VisionTransformer`, layers stacked or not.
+      num_kv_heads: K; divides the number of key/value heads in `params`.
+      moments: of the input of every layer by name ("blocks_0", ...), as
+        `calibration.gather_moments` gives them; None: `data_free_moments` of its norm.
+      rule: a name in `MERGING`.
+
+    Returns:
+      `params` with key and value kernels (..., D, K, H) and biases (..., K, H), queries and output
+      adapted, dtypes kept; and what merging made of each layer, by name.
+
+    Raises:
+      UserError: as `merge_heads`.
+    """
+    if "blocks" in params:
+        converted, merged = to_merged(unstack_layers(params), num_kv_heads, moments, rule)
+        return stack_layers(converted), merged
+    converted, merged = dict(params), {}
+    for name in (name for name in params if name.startswith("blocks_")):
+        old, norm = params[name]["attn"], params[name]["norm1"]
+        if moments is None:
+            of_layer = data_free_moments(norm["scale"], norm["bias"])
+        else:
+            of_layer = moments[name]
+        merged[name] = merge_heads(old, num_kv_heads, of_layer, rule)
+        attention = {
+            projection: {leaf: x.astype(old[projection][leaf].dtype) for leaf, x in leaves.items()}
+            for projection, leaves in merged[name].attention.items()
+        }
+        converted[name] = {**params[name], "attn": {**old, **attention}}
+    return converted, merged

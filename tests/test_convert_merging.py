@@ -1,0 +1,667 @@
+"""Merging of key/value heads: what it keeps, what it says it loses, and on what.
+
+References are loops over heads and images in float64 that share no code with the package.
+"""
+
+import json
+
+import helpers
+import jax
+import numpy as np
+import pytest
+from helpers import D, H, N
+
+from kdgqa_jax import checkpoint, convert, layers
+from kdgqa_jax.errors import UserError
+
+RULES = list(convert.MERGING)
+
+
+def random_layer(seed=0, kv_heads=N, scale=0.2):
+    """An attention layer with biases; key and value heads differ in size."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return scale * rng.standard_normal(shape)
+
+    attention = {
+        "query": {"kernel": draw(D, N, H), "bias": draw(N, H)},
+        "key": {"kernel": draw(D, kv_heads, H), "bias": draw(kv_heads, H)},
+        "value": {"kernel": draw(D, kv_heads, H), "bias": draw(kv_heads, H)},
+        "out": {"kernel": draw(N, H, D), "bias": draw(D)},
+    }
+    for name in ("key", "value"):
+        attention[name]["kernel"] *= np.exp(0.5 * rng.standard_normal((kv_heads, 1)))
+    return attention
+
+
+def of_low_rank(attention, num_kv_heads, seed=1):
+    """The same with key and value kernels of joint rank H in each group; biases are not in it."""
+    rng = np.random.default_rng(seed)
+    for name in ("key", "value"):
+        kernel = attention[name]["kernel"]
+        group = kernel.shape[1] // num_kv_heads
+        for k in range(num_kv_heads):
+            basis = 0.2 * rng.standard_normal((D, H))
+            for j in range(k * group, (k + 1) * group):
+                kernel[:, j] = basis @ rng.standard_normal((H, H))
+    return attention
+
+
+def as_float32(attention):
+    return jax.tree.map(np.float32, attention)
+
+
+def structured_tokens(seed=0, images=40, length=10, with_class_token=True):
+    """(images, length, D) whose directions differ in size, with a mean and a class token."""
+    rng = np.random.default_rng(seed)
+    spread = np.exp(-np.arange(D) / 12.0)
+    turn = np.linalg.qr(np.random.default_rng(99).standard_normal((D, D)))[0]
+    x = rng.standard_normal((images, length, D)) * spread @ turn + 0.3 * turn[3]
+    x += 0.3 * rng.standard_normal((images, 1, D)) @ turn  # images differ
+    if with_class_token:
+        x[:, 0] = turn[5] + 0.05 * rng.standard_normal((images, D))
+    return x
+
+
+def naive_logits(x, attention):
+    """BNTS with the mean of each row taken away: softmax does not see it."""
+    q, k = (helpers.project(x, attention, name) for name in ("query", "key"))
+    group = q.shape[2] // k.shape[2]
+    logits = np.stack([q[:, :, n] @ k[:, :, n // group].swapaxes(1, 2) for n in range(N)], axis=1)
+    return logits - logits.mean(-1, keepdims=True)
+
+
+def naive_key_error(x, before, after):
+    """Expected squared error of the logits per query head: every query with every centred key."""
+    errors = []
+    for n in range(N):
+        products = []
+        for attention in (before, after):
+            k = helpers.project(x, attention, "key")
+            k = k[:, :, n * k.shape[2] // N]
+            k = np.concatenate([keys - keys.mean(0) for keys in k])
+            q = helpers.project(x, attention, "query")[:, :, n].reshape(-1, H)
+            products.append(q @ k.T)
+        errors.append(np.mean((products[0] - products[1]) ** 2))
+    return np.array(errors)
+
+
+def naive_value_errors(x, before, after):
+    """Error of what one token's value adds to the output, (N, tokens, D)."""
+    errors = []
+    for n in range(N):
+        added = []
+        for attention in (before, after):
+            v = helpers.project(x, attention, "value")
+            v = v[:, :, n * v.shape[2] // N].reshape(-1, H)
+            added.append(v @ np.asarray(attention["out"]["kernel"], np.float64)[n])
+        errors.append(added[0] - added[1])
+    return np.array(errors)
+
+
+def by_group(errors, num_kv_heads):
+    return errors.reshape(num_kv_heads, -1).sum(axis=1)
+
+
+def naive_mean_pooled(attention, num_kv_heads):
+    pooled = dict(attention)
+    for name in ("key", "value"):
+        pooled[name] = {
+            leaf: np.stack(np.split(x, num_kv_heads, axis=-2)).mean(-2).swapaxes(0, -2)
+            if x.ndim == 3
+            else np.stack([part.mean(0) for part in np.split(x, num_kv_heads)])
+            for leaf, x in attention[name].items()
+        }
+    return pooled
+
+
+def assert_same_function(x, before, after, atol=1e-5):
+    """Logits, attention maps and outputs of the float32 layer, and the first two in float64."""
+    before, after = as_float32(before), as_float32(after)
+    np.testing.assert_allclose(naive_logits(x, after), naive_logits(x, before), atol=atol)
+    results = []
+    for attention in (before, after):
+        module = helpers.layer("gqa", num_kv_heads=attention["key"]["kernel"].shape[1])
+        run = helpers.fast_jit(lambda p, x, m=module: m.apply(p, x, mutable=["intermediates"]))
+        out, sown = run({"params": attention}, np.float32(x))
+        results.append((np.asarray(out), np.asarray(sown["intermediates"]["maps"])))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(b, a, atol=atol)
+    assert np.ptp(results[0][1]) > 0.1  # attention is far from uniform
+
+
+# --- exact where it can be ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kv_heads", "wanted"), [(6, 3), (6, 1), (3, 1)])
+def test_groups_of_joint_rank_h_lose_nothing(kv_heads, wanted):
+    attention = of_low_rank(random_layer(0, kv_heads), wanted)
+    x = structured_tokens(images=8)
+    merged = convert.merge_heads(attention, wanted, convert.InputMoments.of(x))
+    assert merged.attention["key"]["kernel"].shape == (D, wanted, H)
+    assert merged.attention["value"]["bias"].shape == (wanted, H)
+    assert_same_function(structured_tokens(7, images=3), attention, merged.attention)
+    np.testing.assert_allclose(merged.keys_kept, 1.0, atol=1e-7)
+    np.testing.assert_allclose(merged.values_kept, 1.0, atol=1e-7)
+
+
+def test_procrustes_undoes_rotations():
+    """Heads that are turned versions of one another lose nothing by turning them back."""
+    attention = random_layer()
+    rng = np.random.default_rng(3)
+    for name in ("key", "value"):
+        for n in range(N):
+            turn = np.linalg.qr(rng.standard_normal((H, H)))[0]
+            first = attention[name]["kernel"][:, n - n % 2]
+            attention[name]["kernel"][:, n] = first @ turn if n % 2 else first
+    x = structured_tokens(images=8)
+    merged = convert.merge_heads(attention, 3, convert.InputMoments.of(x), "procrustes")
+    assert_same_function(x[:3], attention, merged.attention)
+
+
+def test_procrustes_ends_where_every_head_fits_the_mean_best():
+    """Then the products of each turned head with the mean are symmetric and positive."""
+    heads = helpers.normal(4, 200, 5, H).astype(np.float64) @ np.diag(1.5 ** np.arange(H))
+    moment = np.einsum("Tga,Thb->gahb", heads, heads) / len(heads)
+    encoders, turns = convert.MERGING["procrustes"](moment, np.zeros((5, H, H)))
+    turned = np.einsum("Tga,gab->Tgb", heads, turns)
+    mean = turned.mean(axis=1)
+    np.testing.assert_allclose(np.einsum("Tga,gab->Tb", heads, encoders), mean, atol=1e-12)
+    for g in range(5):
+        np.testing.assert_allclose(turns[g].T @ turns[g], np.eye(H), atol=1e-12)
+        product = turned[:, g].T @ mean
+        np.testing.assert_allclose(product, product.T, atol=1e-3 * np.abs(product).max())
+        assert np.linalg.eigvalsh(product + product.T).min() > 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_as_many_heads_change_nothing(rule):
+    attention = random_layer(kv_heads=3)
+    merged = convert.merge_heads(
+        attention, 3, convert.InputMoments.of(structured_tokens(images=2)), rule
+    )
+    jax.tree.map(np.testing.assert_array_equal, merged.attention, attention)
+    np.testing.assert_array_equal(merged.keys_kept, 1.0)
+
+
+def test_projections_without_bias_stay_without():
+    attention = of_low_rank(random_layer(), 3)
+    for name in ("query", "key", "value"):
+        del attention[name]["bias"]
+    x = structured_tokens(images=8)
+    merged = convert.merge_heads(attention, 3, convert.InputMoments.of(x)).attention
+    assert jax.tree.structure(merged) == jax.tree.structure(attention)
+    np.testing.assert_allclose(naive_logits(x, merged), naive_logits(x, attention), atol=1e-9)
+    missing = naive_value_errors(x, attention, merged).sum(axis=0)
+    gained = merged["out"]["bias"] - attention["out"]["bias"]
+    np.testing.assert_allclose(missing, np.broadcast_to(gained, missing.shape), atol=1e-6)
+
+
+# --- what is lost is what was said --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kv_heads", "wanted"), [(6, 3), (6, 2), (6, 1), (3, 1)])
+def test_errors_are_the_discarded_energy(kv_heads, wanted):
+    """Queries and keys independent, and every head looking at a token of its own."""
+    x = structured_tokens()
+    attention, moments = random_layer(5, kv_heads), convert.InputMoments.of(x)
+    key_losses, value_losses = {}, {}
+    for rule in RULES:
+        merged = convert.merge_heads(attention, wanted, moments, rule)
+        keys = by_group(naive_key_error(x, attention, merged.attention), wanted)
+        np.testing.assert_allclose(merged.key_lost, keys, rtol=0.01)
+        errors = naive_value_errors(x, attention, merged.attention)
+        means = errors.mean(axis=1, keepdims=True)
+        values = by_group(np.mean(np.sum((errors - means) ** 2, axis=-1), axis=1), wanted)
+        np.testing.assert_allclose(merged.value_lost, values, rtol=0.01)
+        gained = merged.attention["out"]["bias"] - attention["out"]["bias"]
+        np.testing.assert_allclose(means.sum(axis=(0, 1)), gained, atol=1e-9)
+        key_losses[rule], value_losses[rule] = keys, values
+    pooled = naive_mean_pooled(attention, wanted)
+    key_losses["mean"] = by_group(naive_key_error(x, attention, pooled), wanted)
+    errors = naive_value_errors(x, attention, pooled)
+    value_losses["mean"] = by_group(np.mean(np.sum(errors**2, axis=-1), axis=1), wanted)
+    for losses in (key_losses, value_losses):
+        assert (losses["svd"] < losses["procrustes"]).all()
+        assert (losses["svd"] < losses["mean"]).all()
+
+
+def test_lost_keys_are_the_discarded_eigenvalues():
+    """Eckart-Young by singular values of all logits at once, without any square root of moments."""
+    x = structured_tokens(images=6, length=8)
+    attention = random_layer(6)
+    merged = convert.merge_heads(attention, 3, convert.InputMoments.of(x))
+    for k in range(3):
+        q, keys = (
+            [helpers.project(x, attention, name)[:, :, n] for n in (2 * k, 2 * k + 1)]
+            for name in ("query", "key")
+        )
+        keys = [(a - a.mean(1, keepdims=True)).reshape(-1, H) for a in keys]
+        logits = np.concatenate([a.reshape(-1, H) @ b.T for a, b in zip(q, keys, strict=True)])
+        values = np.linalg.svd(logits, compute_uv=False) ** 2 / len(keys[0]) ** 2
+        np.testing.assert_allclose(merged.key_lost[k], values[H:].sum(), rtol=1e-5)
+        share = values[:H].sum() / values.sum()
+        np.testing.assert_allclose(merged.keys_kept[k], share, rtol=1e-6)
+
+
+def test_grouped_heads_merge_like_the_heads_that_they_stand_for():
+    """Three key/value heads for six query heads lose what their six copies would."""
+    grouped, x = random_layer(8, kv_heads=3), structured_tokens(images=10)
+    copied = {**grouped}
+    for name in ("key", "value"):
+        copied[name] = {leaf: np.repeat(a, 2, axis=-2) for leaf, a in grouped[name].items()}
+    moments = convert.InputMoments.of(x)
+    few, many = (convert.merge_heads(a, 1, moments) for a in (grouped, copied))
+    # The floor under eigenvalues is a share of each head's largest, so they are not bit-equal.
+    np.testing.assert_allclose(few.key_lost, many.key_lost, rtol=1e-4)
+    np.testing.assert_allclose(few.value_lost, many.value_lost, rtol=1e-4)
+    a, b = (naive_logits(x, m.attention) for m in (few, many))
+    np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_without_data_like_with_data_of_that_distribution(rule):
+    """Moments of n = 10,000 tokens differ from their expectation by 1/sqrt(n) = 1 %."""
+    attention = random_layer(9)
+    rng = np.random.default_rng(10)
+    scale, bias = np.exp(rng.standard_normal(D)), 0.5 * rng.standard_normal(D)
+    x = scale * rng.standard_normal((400, 25, D)) + bias
+    moments = convert.InputMoments.of(x)
+    calibrated = convert.merge_heads(attention, 2, moments, rule)
+    free = convert.merge_heads(attention, 2, convert.data_free_moments(scale, bias), rule)
+    np.testing.assert_allclose(free.keys_kept, calibrated.keys_kept, atol=0.01)
+    np.testing.assert_allclose(free.values_kept, calibrated.values_kept, atol=0.01)
+    # Near its optimum the loss is flat: errors of the moments count squared.
+    best, lost = (
+        by_group(naive_key_error(x[:30], attention, m.attention), 2) for m in (calibrated, free)
+    )
+    np.testing.assert_allclose(lost, best, rtol=0.02)
+    np.testing.assert_allclose(free.attention["out"]["bias"].std(),
+                               calibrated.attention["out"]["bias"].std(), rtol=0.1)  # fmt: skip
+
+
+# --- what goes wrong elsewhere ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dead", ["query", "key", "value", "out", "all"])
+def test_dead_heads(rule, dead):
+    """Head 2 is dead; then its partner, head 3, has the shared head to itself."""
+    attention = random_layer(11)
+    for name in ("query", "key", "value", "out") if dead == "all" else (dead,):
+        kernel = attention[name]["kernel"]
+        kernel[(2,) if name == "out" else (slice(None), 2)] = 0.0
+        if dead == "all" and name != "out":
+            attention[name]["bias"][2] = 0.0
+        if dead == "query":
+            attention[name]["bias"][2] = 0.0
+    x = structured_tokens(images=10)
+    merged = convert.merge_heads(attention, 3, convert.InputMoments.of(x), rule)
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(merged.attention))
+    assert np.abs(merged.attention["query"]["kernel"]).max() < 10
+    if rule == "svd" and dead in ("query", "key", "all"):
+        error = naive_key_error(x, attention, merged.attention)
+        np.testing.assert_allclose(error[2:4], 0.0, atol=1e-6 * error.max())
+    if rule == "svd" and dead in ("value", "out", "all"):
+        np.testing.assert_allclose(merged.values_kept[1], 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_layer_that_is_all_zero(rule):
+    attention = jax.tree.map(np.zeros_like, random_layer())
+    merged = convert.merge_heads(
+        attention, 2, convert.InputMoments.of(structured_tokens(images=2)), rule
+    )
+    assert all(not a.any() for a in jax.tree.leaves(merged.attention))
+    np.testing.assert_array_equal(merged.keys_kept, 1.0)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_fewer_tokens_than_the_head_width(noise):
+    """Five tokens of one image span less than H: exact on them, and no nonsense on others.
+
+    The noise is that of sums in float32; it must not decide about what five tokens leave open.
+    """
+    attention = random_layer(12)
+    x = structured_tokens(images=1, length=5)
+    moments = convert.InputMoments.of(x)
+    size = np.sqrt(np.outer(*2 * [np.diag(moments.within)]))
+    rounding = noise * size * np.random.default_rng(0).standard_normal((D, D))
+    moments.within += (rounding + rounding.T) / 2
+    merged = convert.merge_heads(attention, 3, moments)
+    np.testing.assert_allclose(
+        naive_logits(x, merged.attention), naive_logits(x, attention), atol=1e-5
+    )
+    np.testing.assert_allclose(merged.keys_kept, 1.0, atol=1e-6)
+    others = structured_tokens(13)
+    energy = naive_key_error(others, attention, jax.tree.map(np.zeros_like, attention))
+    error = naive_key_error(others, attention, merged.attention)
+    assert error.sum() < 0.5 * energy.sum()
+
+
+def test_one_token_an_image():
+    """Keys cannot differ within an image; nothing is lost, and nothing breaks."""
+    moments = convert.InputMoments.of(structured_tokens(images=4, length=1))
+    merged = convert.merge_heads(random_layer(12), 3, moments)
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(merged.attention))
+    np.testing.assert_array_equal(merged.keys_kept, 1.0)
+
+
+def test_directions_that_nothing_uses_are_not_blown_up():
+    """An inverse square root is at most that of the floor, whatever rounding leaves of a zero."""
+    weight = np.diag([4.0, 0.0, 1e-30, -1e-16])
+    moment = np.eye(8).reshape(2, 4, 2, 4)
+    encoders, decoders = convert.MERGING["svd"](moment, np.stack([weight, weight]))
+    assert np.isfinite(encoders).all()
+    assert max(np.linalg.norm(x, ord=2) for x in decoders) <= 1.001 / np.sqrt(1e-6 * 4.0)
+
+
+def test_bad_requests_are_refused():
+    attention, x = random_layer(), structured_tokens(images=2)
+    moments = convert.InputMoments.of(x)
+    with pytest.raises(UserError, match="6 key/value heads cannot be pooled into 4"):
+        convert.merge_heads(attention, 4, moments)
+    with pytest.raises(UserError, match="unknown merging rule 'svt': did you mean 'svd'"):
+        convert.merge_heads(attention, 3, moments, "svt")
+    with pytest.raises(UserError, match="hold no tokens"):
+        convert.merge_heads(attention, 3, convert.InputMoments.empty(D))
+    with pytest.raises(UserError, match="moments of 7 features do not fit a layer of width 48"):
+        convert.merge_heads(attention, 3, convert.InputMoments.of(x[..., :7]))
+    x[0, 0, 0] = np.nan
+    with pytest.raises(UserError, match="NaN"):
+        convert.merge_heads(attention, 3, convert.InputMoments.of(x))
+
+
+# --- balancing and refitting --------------------------------------------------------------------
+
+
+def test_balancing_keeps_the_function_and_equalises_the_norms():
+    attention = random_layer(14, kv_heads=3)
+    rng = np.random.default_rng(15)
+    skewed = jax.tree.map(np.copy, attention)
+    for one, many in (("key", "query"), ("value", "out")):
+        factor = np.exp(3 * rng.standard_normal((3, H)))
+        for leaf in ("kernel", "bias"):
+            skewed[one][leaf] = skewed[one][leaf] * factor
+        back = np.repeat(factor, 2, axis=0)
+        if many == "query":
+            skewed[many] = {leaf: a / back for leaf, a in skewed[many].items()}
+        else:
+            skewed[many]["kernel"] = skewed[many]["kernel"] / back[..., None]
+    balanced = convert.balance_heads(skewed)
+    assert_same_function(structured_tokens(images=3), attention, balanced)
+    for one, many, axis in (("key", "query", 0), ("value", "out", 2)):
+        kernel = balanced[one]["kernel"]
+        served = np.sum(balanced[many]["kernel"] ** 2, axis=axis).reshape(3, 2, H).mean(1)
+        np.testing.assert_allclose(np.sum(kernel**2, axis=0), served, rtol=1e-9)
+
+
+def test_merged_weights_have_ordinary_magnitudes():
+    attention = random_layer(16)
+    moments = convert.InputMoments.of(structured_tokens())
+    merged = convert.merge_heads(attention, 2, moments).attention
+    before, after = (
+        max(np.abs(x["kernel"]).max() for x in a.values()) for a in (attention, merged)
+    )
+    assert after < 2 * before
+    rms = [
+        np.sum(merged[n]["kernel"] ** 2, axis=0).reshape(2, -1, H).mean(1) for n in ("key", "query")
+    ]
+    np.testing.assert_allclose(rms[0], rms[1], rtol=1e-6)
+
+
+def test_refit_is_ridge_regression_towards_the_present_weights():
+    rng = np.random.default_rng(17)
+    n, size, width = 200, N * H, 5
+    a = rng.standard_normal((n, size)) * np.exp(rng.standard_normal(size)) + 1.0
+    y = a @ rng.standard_normal((size, width)) + 3.0 + rng.standard_normal((n, width))
+    kernel, bias = rng.standard_normal((N, H, width)), rng.standard_normal(width)
+    moments = (a.T @ a / n, a.T @ y / n, a.mean(0), y.mean(0))
+    strength = 0.3
+    root = np.sqrt(n * strength * a.var(0).mean())
+    rows = np.block([[a, np.ones((n, 1))], [root * np.eye(size), np.zeros((size, 1))]])
+    target = np.concatenate([y, root * kernel.reshape(size, width)])
+    expected = np.linalg.lstsq(rows, target)[0]
+    new, new_bias = convert.refit_output(kernel, bias, *moments, strength)
+    np.testing.assert_allclose(new.reshape(size, width), expected[:-1], atol=1e-9)
+    np.testing.assert_allclose(new_bias, expected[-1], atol=1e-9)
+    stiff, _ = convert.refit_output(kernel, bias, *moments, 1e9)
+    np.testing.assert_allclose(stiff, kernel, atol=1e-6)
+    still = (np.zeros((size, size)), np.zeros((size, width)), np.zeros(size), y.mean(0))
+    np.testing.assert_allclose(convert.refit_output(kernel, bias, *still)[0], kernel)
+    with pytest.raises(UserError, match="strength=0 of the ridge regression"):
+        convert.refit_output(kernel, bias, *moments, strength=0)
+
+
+# --- moments ------------------------------------------------------------------------------------
+
+
+def naive_moments(images):
+    """(mean, second moment, moment centred per image) by a loop over the images' tokens."""
+    stacked = np.concatenate(images)
+    centred = np.concatenate([x - x.mean(0) for x in images])
+    return tuple(
+        sum(part) / len(stacked)
+        for part in (stacked, [np.outer(t, t) for t in stacked], [np.outer(t, t) for t in centred])
+    )
+
+
+def assert_moments(moments, images, **tolerance):
+    mean, second, centred = naive_moments(images)
+    np.testing.assert_allclose(moments.mean, mean, **tolerance)
+    np.testing.assert_allclose(moments.second, second, **tolerance)
+    np.testing.assert_allclose(moments.centred, centred, **tolerance)
+    covariance = second - np.outer(mean, mean)
+    np.testing.assert_allclose(moments.covariance, covariance, **tolerance)
+
+
+def test_moments_of_padded_sequences_add_up():
+    x = structured_tokens(20, images=5, length=6)
+    lengths = [6, 1, 3, 6, 0]
+    mask = np.arange(6) < np.array(lengths)[:, None]
+    x[~mask] = np.nan
+    moments = convert.InputMoments.of(x[:2], mask[:2]) + convert.InputMoments.of(x[2:], mask[2:])
+    assert moments.tokens == 16
+    assert_moments(moments, [row[:n] for row, n in zip(x, lengths, strict=True) if n], atol=1e-12)
+
+
+def test_a_large_mean_costs_no_digits():
+    x = structured_tokens(21, images=20) * 1e-4
+    moments = convert.InputMoments.of(x + 1e3)
+    np.testing.assert_allclose(moments.centred, convert.InputMoments.of(x).centred, atol=1e-17)
+
+
+@pytest.fixture(scope="module")
+def mha():
+    model = helpers.tiny_vit("mha")
+    params = helpers.vit_variables(model)["params"]
+    images = helpers.images(5) + 0.5
+    return (
+        model,
+        params,
+        images,
+        convert.gather_moments(model, {"params": params}, images, batch_size=2),
+    )
+
+
+def test_moments_of_a_model_equal_a_naive_pass(mha):
+    """Five images in batches of two: one of padding."""
+    _, params, images, moments = mha
+    inputs = []
+    helpers.naive_vit(images, params, np.arange(N), patch=4, inputs=inputs)
+    assert list(moments) == ["blocks_0", "blocks_1"]
+    for (name, found), expected in zip(moments.items(), inputs, strict=True):
+        assert found.tokens == 25, name
+        assert_moments(found, list(expected), atol=2e-5)
+
+
+def test_both_layouts_of_layers_give_the_same(mha):
+    model, params, images, moments = mha
+    stacked = layers.stack_layers(params)
+    scanned = convert.gather_moments(
+        model.clone(scan_layers=True), {"params": stacked}, images, batch_size=5
+    )
+    for name in moments:
+        np.testing.assert_allclose(scanned[name].centred, moments[name].centred, atol=2e-5)
+    one, said = convert.to_merged(params, 3, moments)
+    two, again = convert.to_merged(stacked, 3, moments)
+    jax.tree.map(np.testing.assert_array_equal, layers.unstack_layers(two), one)
+    np.testing.assert_array_equal(said["blocks_1"].keys_kept, again["blocks_1"].keys_kept)
+    grouped = jax.eval_shape(lambda p: convert.to_grouped(p, 3), params)
+    assert jax.tree.map(np.shape, one) == jax.tree.map(np.shape, grouped)
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(one))
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_every_layer_goes_by_its_own_moments(mha, calibrated):
+    _, params, _, moments = mha
+    merged, said = convert.to_merged(params, 2, moments if calibrated else None)
+    for name in ("blocks_0", "blocks_1"):
+        norm = params[name]["norm1"]
+        own = convert.data_free_moments(norm["scale"], norm["bias"])
+        own = moments[name] if calibrated else own
+        expected = convert.merge_heads(params[name]["attn"], 2, own)
+        helpers.assert_trees_close(merged[name]["attn"], as_float32(expected.attention), atol=0)
+        np.testing.assert_array_equal(said[name].key_lost, expected.key_lost)
+        for kept in ("norm1", "norm2", "mlp"):
+            assert merged[name][kept] is params[name][kept]
+
+
+def test_a_model_keeps_its_logits_where_heads_are_of_low_rank(mha):
+    """The whole model, 6 to 3 heads, calibrated and without data."""
+    model, params, images, _ = mha
+    params = jax.tree.map(np.asarray, params)
+    for i in range(2):
+        attention = jax.tree.map(np.array, params[f"blocks_{i}"]["attn"])
+        attention = as_float32(of_low_rank(attention, 3, seed=i))
+        params = {**params, f"blocks_{i}": {**params[f"blocks_{i}"], "attn": attention}}
+    expected = helpers.naive_vit(images, params, np.arange(N), patch=4)
+    gathered = convert.gather_moments(model, {"params": params}, images, batch_size=2)
+    for moments in (gathered, None):
+        merged, said = convert.to_merged(params, 3, moments)
+        logits = helpers.naive_vit(images, merged, np.repeat(np.arange(3), 2), patch=4)
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+        assert all(m.keys_kept.min() > 1 - 1e-6 for m in said.values())
+
+
+# --- a BERT encoder's attention -----------------------------------------------------------------
+
+
+def naive_bert_attention(x, mask, weights, heads):
+    """Self-attention and its output projection of BERT, by transformers' names."""
+    batch, length, width = x.shape
+    head = width // heads
+    q, k, v = (
+        (x @ weights[f"self.{name}.weight"].T + weights[f"self.{name}.bias"])
+        .reshape(batch, length, -1, head)
+        for name in ("query", "key", "value")
+    )  # fmt: skip
+    index = np.arange(heads) * k.shape[2] // heads
+    context = helpers.naive_attention(q, k, v, index, mask[:, None, None])[0]
+    dense = weights["output.dense.weight"], weights["output.dense.bias"]
+    return context.reshape(batch, length, width) @ dense[0].T + dense[1]
+
+
+def test_attention_of_bert_keeps_its_output():
+    """Arrays in PyTorch's layout in and out, sentences of different lengths."""
+    rng = np.random.default_rng(30)
+    weights = {}
+    for name in ("self.query", "self.key", "self.value", "output.dense"):
+        weights[f"{name}.weight"] = 0.2 * rng.standard_normal((D, D))
+        weights[f"{name}.bias"] = 0.2 * rng.standard_normal(D)
+    for name in ("key", "value"):  # each pair of heads of joint rank H
+        rows = weights[f"self.{name}.weight"].reshape(3, 2 * H, D)
+        rows[:] = rng.standard_normal((3, 2 * H, H)) @ rows[:, :H]
+    x = structured_tokens(31, images=4, length=9)
+    mask = np.arange(9) < np.array([9, 4, 6, 2])[:, None]
+
+    attention = {
+        name: {"kernel": weights[f"self.{name}.weight"].T.reshape(D, N, H),
+               "bias": weights[f"self.{name}.bias"].reshape(N, H)}
+        for name in ("query", "key", "value")
+    }  # fmt: skip
+    attention["out"] = {"kernel": weights["output.dense.weight"].T.reshape(N, H, D),
+                        "bias": weights["output.dense.bias"]}  # fmt: skip
+    merged = convert.merge_heads(attention, 3, convert.InputMoments.of(x, mask)).attention
+    new = {"output.dense.weight": merged["out"]["kernel"].reshape(D, D).T,
+           "output.dense.bias": merged["out"]["bias"]}  # fmt: skip
+    for name in ("query", "key", "value"):
+        new[f"self.{name}.weight"] = merged[name]["kernel"].reshape(D, -1).T
+        new[f"self.{name}.bias"] = merged[name]["bias"].reshape(-1)
+    before, after = (naive_bert_attention(x, mask, w, N) for w in (weights, new))
+    np.testing.assert_allclose(after[mask], before[mask], atol=1e-5)
+
+
+# --- as conversion does it ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(mha, tmp_path_factory):
+    """A model directory with the parameters of `mha`."""
+    _, params, _, _ = mha
+    path = tmp_path_factory.mktemp("source") / "model"
+    description = {
+        "model": {"name": "mu/4", "attention": "mha", **helpers.TINY},
+        "channels": 1,
+        "class_names": [str(i) for i in range(5)],
+        "preprocessing": {"mean": [0.5], "std": [0.5]},
+    }
+    checkpoint.save_model(path, {"params": params}, description)
+    return path
+
+
+def test_conversion_with_calibration_images(source, mha, tmp_path):
+    _, params, images, moments = mha
+    converted = convert.load(
+        source, attention="gqa", num_kv_heads=3, pooling="svd", calibration=images
+    )
+    expected, merged = convert.to_merged(params, 3, moments)
+    helpers.assert_trees_close(converted.variables["params"], expected, atol=1e-3)
+    note = converted.report.notes[-1]
+    least = merged["blocks_1"].keys_kept.min()
+    assert "heads merged by svd, calibrated with 5 images" in note
+    assert f"1: {least:.1%} of keys" in note
+    converted.save(tmp_path / "model")
+    told = json.loads((tmp_path / "model" / "model.json").read_text())["converted"]
+    np.testing.assert_allclose(
+        told["energy_kept"]["blocks_1"]["keys"], merged["blocks_1"].keys_kept, atol=1e-4
+    )
+    how = {row["parameter"]: row["how"] for row in told["parameters"]}
+    assert "merged 6 to 3 heads (svd)" in how["blocks_0..1/attn/key/kernel"]
+    assert "adapted to merged heads (svd)" in how["blocks_0..1/attn/out/bias"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_conversion_without_data_says_so(source, mha, rule):
+    _, params, _, _ = mha
+    converted = convert.load(source, attention="gqa", num_kv_heads=2, pooling=rule)
+    expected, _ = convert.to_merged(params, 2, None, rule)
+    helpers.assert_trees_close(converted.variables["params"], expected, atol=1e-6)
+    assert f"heads merged by {rule}, without data" in converted.report.notes[-1]
+
+
+@pytest.mark.parametrize("attention", helpers.GROUPED)
+def test_variants_that_send_query_heads_elsewhere_are_warned_about(source, attention):
+    notes = convert.load(source, attention=attention, num_kv_heads=3, pooling="svd").report.notes
+    moves = attention in ("kdgqa", *helpers.DGQA)
+    assert any("no longer matches it" in note and attention in note for note in notes) == moves
+    pooled = convert.load(source, attention=attention, num_kv_heads=3).report.notes
+    assert not any("no longer" in note for note in pooled)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": helpers.images(2, side=12)}, r"must be \(n, 8, 8, 1\), got shape \(2, 12"),
+        ({"calibration": helpers.images(2, channels=3)}, r"must be \(n, 8, 8, 1\)"),
+        ({"calibration": helpers.images(0)}, "calibration images must be"),
+        ({"calibration": helpers.images(2)[0]}, "calibration images must be"),
+        ({"calibration": helpers.images(2) * np.nan}, "NaN or infinity"),
+        ({"calibration": helpers.images(2), "pooling": "mean"}, "'mean' takes no calibration"),
+        ({"pooling": "sdv"}, "unknown pooling 'sdv': did you mean 'svd'"),
+    ],
+)
+def test_bad_conversions_are_refused(source, options, message):
+    with pytest.raises(UserError, match=message):
+        convert.load(source, **{"attention": "gqa", "pooling": "svd", **options})
