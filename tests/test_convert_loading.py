@@ -383,6 +383,7 @@ def test_another_number_of_classes_gives_a_new_head(golden, tmp_path):
     assert not np.any(new.variables["params"]["head"]["kernel"])
     assert "class head: the one for 7 classes dropped, one for 3 new" in new.report.notes
     assert ("head/kernel", "48x3", "", "new, zero") in new.report.rows()
+    assert "head/kernel 48x3: -, new, zero\n" in str(new.report)
     none = convert.load(tmp_path / "a.safetensors", num_heads=6, num_classes=0)
     assert "head" not in none.variables["params"]
 

@@ -5,8 +5,8 @@
     converted.save("vit_base_kdgqa")     # a model directory
 
 files.py reads arrays, layouts.py knows what each framework calls them, inference.py finds out the
-architecture, adapt.py changes sizes, pooling.py groups heads, merging.py does so with less loss and
-calibration.py gathers what it needs to know; loading.py puts them together, and exporting.py goes
+architecture, adapt.py changes sizes, pooling.py groups heads, merging.py does so with less loss, by
+moments.py that calibration.py gathers; loading.py puts them together, and exporting.py goes
 back to PyTorch names.
 """
 
@@ -16,14 +16,13 @@ from kdgqa_jax.convert.exporting import export, to_pytorch
 from kdgqa_jax.convert.loading import Converted, load
 from kdgqa_jax.convert.merging import (
     MERGING,
-    InputMoments,
     Merged,
     balance_heads,
-    data_free_moments,
     merge_heads,
     refit_output,
     to_merged,
 )
+from kdgqa_jax.convert.moments import InputMoments, data_free_moments
 from kdgqa_jax.convert.pooling import POOLING, pool_heads, to_grouped
 
 __all__ = [

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdgqa_jax import layers, sharding, vit
-from kdgqa_jax.convert.merging import InputMoments
+from kdgqa_jax.convert.moments import InputMoments
 from kdgqa_jax.errors import UserError
 
 Array = jax.Array

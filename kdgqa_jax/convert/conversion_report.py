@@ -61,6 +61,12 @@ class ConversionReport:
             rows.append((name.replace("*", _span(numbers), 1), *rest))
         return [*rows, *(("", "", name, "left over, as allowed") for name in self.left_over)]
 
+    def __str__(self) -> str:
+        lines = [
+            f"{name} {shape}: {source or '-'}, {how}" for name, shape, source, how in self.rows()
+        ]
+        return "\n".join([*lines, *self.notes])
+
     def to_json(self) -> dict[str, Any]:
         """What a model directory keeps."""
         rows = [dict(zip(self.HEADER, row, strict=True)) for row in self.rows()]
