@@ -12,6 +12,7 @@ from kdgqa_jax import config as config_lib
 from kdgqa_jax import sharding
 from kdgqa_jax.console import table
 from kdgqa_jax.data import augment, pipeline, sources
+from kdgqa_jax.errors import UserError
 
 
 def bench_config(
@@ -38,6 +39,12 @@ def bench_data(
       Per stage: stage, rate (images/s), ratio (to the plain loop), and for augmentation the number
       of compilations.
     """
+    asked = {"--batch-size": config.batch_size, "--images": images, "--image-size": image_size}
+    for name, value in asked.items():
+        if value < 1:
+            raise UserError(f"{name} {value} must be at least 1")
+    if config.data.workers < 0:
+        raise UserError(f"--workers {config.data.workers} must not be negative")
     data, batch_size, mesh = config.data, config.batch_size, sharding.make_mesh()
     dataset = sources.load(data.name, data.data_dir, data.shift)
     prepared = pipeline.prepare(dataset, (image_size, image_size), data).train

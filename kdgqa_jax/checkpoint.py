@@ -66,11 +66,15 @@ def save_model(
     """Write a model directory; it appears whole or not at all.
 
     Args:
-      path: the directory; an older one there is replaced.
+      path: the directory; an older model directory there is replaced.
       variables: {"params": ..., "norm_stats": ...}.
       description: JSON values; "model" holds the arguments of `vit.create`, "channels" the number
         of image channels.
+
+    Raises:
+      UserError: something else is there, or it cannot be written.
     """
+    check_replaceable(path)
     from safetensors.numpy import save_file
 
     flat = flatten_dict(jax.device_get(variables), sep="/")
@@ -80,6 +84,23 @@ def save_model(
         save_file(arrays, folder / WEIGHTS)
 
 
+def check_replaceable(path: str | os.PathLike) -> None:
+    """Raise UserError if something other than a model directory is there."""
+    path = pathlib.Path(path).absolute()
+    ours = {"model.json", WEIGHTS}
+    if os.path.lexists(path) and not (path.is_dir() and set(os.listdir(path)) <= ours):
+        raise UserError(
+            f"{path} holds something else than a model; move it away, or write elsewhere"
+        )
+
+
+def check_model(path: str | os.PathLike) -> None:
+    """Raise UserError unless a model directory is there; its files are not read."""
+    path = pathlib.Path(path).absolute()
+    if not (path / "model.json").is_file() or not (path / WEIGHTS).is_file():
+        raise UserError(f"{path} is not a model directory: it lacks model.json or {WEIGHTS}")
+
+
 def load_model(
     path: str | os.PathLike,
 ) -> tuple[vit.VisionTransformer, dict[str, Any], dict[str, Any]]:
@@ -87,9 +108,8 @@ def load_model(
 
     Raises UserError if the directory does not hold a model, or a damaged one.
     """
+    check_model(path)
     path = pathlib.Path(path).absolute()
-    if not (path / "model.json").is_file() or not (path / WEIGHTS).is_file():
-        raise UserError(f"{path} is not a model directory: it lacks model.json or {WEIGHTS}")
     description = workdir.read_json(path / "model.json")
     try:
         model, channels = vit.create(**description["model"]), description["channels"]

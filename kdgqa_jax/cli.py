@@ -77,7 +77,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     given = [
         f"--{name.replace('_', '-')}"
         for name, settings in _CONVERT_OPTIONS.items()
-        if (getattr(arguments, name) or None) != (settings.get("default") or None)
+        if getattr(arguments, name)
+        != settings.get("default", False if "action" in settings else None)
     ]
     if arguments.to and given:
         raise UserError(

@@ -79,7 +79,9 @@ def predict_array(
     images: np.ndarray,
     batch_size: int = 256,
 ) -> Predictions:
-    """Predictions for (n, height, width, channels) float32 images, normalised."""
+    """Predictions for (n, height, width, channels) float32 images, normalised; n at least 1."""
+    if not len(images):
+        raise UserError("there are no images to predict: the array is empty")
     batch_size = min(batch_size, len(images))
     batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
     return predict_batches(model, variables, batches, batch_size)
@@ -149,6 +151,10 @@ def top_classes(
     logits: np.ndarray, class_names: Sequence[str], count: int = 5
 ) -> list[list[tuple[str, float]]]:
     """For each image its `count` most probable classes and their probabilities, best first."""
+    if not class_names:
+        raise UserError("the model has no class head; --out FILE.npy writes its features")
+    if count < 1:
+        raise UserError(f"top {count} classes were asked for; expected at least 1")
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities = shifted / shifted.sum(axis=-1, keepdims=True)
     best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :count]
@@ -183,8 +189,8 @@ def write(
     path = pathlib.Path(path)
     check_output(path)
     with workdir.written_file(path) as temporary:
-        best = top_classes(predictions.logits, class_names, top)
-        temporary.write_bytes(_WRITERS[path.suffix](names, predictions.logits, best))
+        content = _WRITERS[path.suffix](names, predictions.logits, class_names, top)
+        temporary.write_bytes(content)
 
 
 def check_output(path: str | os.PathLike) -> None:
@@ -194,25 +200,25 @@ def check_output(path: str | os.PathLike) -> None:
         raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(_WRITERS)}")
 
 
-def _npy(names: Sequence[str], logits: np.ndarray, top: Any) -> bytes:
+def _npy(names: Sequence[str], logits: np.ndarray, class_names: Any, top: int) -> bytes:
     file = io.BytesIO()
     np.save(file, logits)
     return file.getvalue()
 
 
-def _csv(names: Sequence[str], logits: np.ndarray, top: Any) -> bytes:
+def _csv(names: Sequence[str], logits: np.ndarray, class_names: Any, top: int) -> bytes:
     file = io.StringIO(newline="")
     rows = csv.writer(file)
     rows.writerow(["image", "rank", "class", "probability"])
-    for name, classes in zip(names, top, strict=True):
+    for name, classes in zip(names, top_classes(logits, class_names, top), strict=True):
         rows.writerows([name, i, *found] for i, found in enumerate(classes, 1))
     return file.getvalue().encode()
 
 
-def _json(names: Sequence[str], logits: np.ndarray, top: Any) -> bytes:
+def _json(names: Sequence[str], logits: np.ndarray, class_names: Any, top: int) -> bytes:
     records = [
         {"image": name, "classes": [{"name": n, "probability": p} for n, p in classes]}
-        for name, classes in zip(names, top, strict=True)
+        for name, classes in zip(names, top_classes(logits, class_names, top), strict=True)
     ]
     return (json.dumps(records, indent=2) + "\n").encode()
 

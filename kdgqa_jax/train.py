@@ -238,6 +238,10 @@ def train_and_evaluate(
       UserError: a bad config, data or workdir.
     """
     # --- Config and workdir ---------------------------------------------------------------------
+    if "pretrain" in config:
+        raise UserError(
+            "this config is one of a study, with several runs: kdgqa study --config ..."
+        )
     config_lib.check_fields(config, config_lib.train_config())
     mesh = sharding.make_mesh()
     for name in ("batch_size", "eval_batch_size"):
@@ -263,7 +267,10 @@ def train_and_evaluate(
     optim_config = ml_collections.FrozenConfigDict(config.optim)
     schedule = optim.make_schedule(config.optim, num_steps)
     channels = dataset.image_shape[-1]
+    if config.init:
+        checkpoint.check_model(config.init)
     workdir = workdir_lib.claim(workdir, config.to_dict())
+    checkpoint.check_replaceable(workdir / "model")
     if (workdir / "result.json").exists():  # finished before
         return workdir_lib.read_json(workdir / "result.json")
 

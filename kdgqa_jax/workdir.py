@@ -15,11 +15,20 @@ def written_file(path: pathlib.Path):
     """A file to write that appears at `path` only once the block has ended without an error."""
     partial = path.with_name(f".{path.name}.partial")
     with _told_in_a_sentence(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
+            _open_to_others(partial)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _open_to_others(file: pathlib.Path) -> None:
+    """The permissions of an ordinary new file; some libraries write for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 @contextlib.contextmanager
@@ -32,10 +41,11 @@ def _told_in_a_sentence(path: pathlib.Path):
 
 
 def check_new(path: str | os.PathLike) -> pathlib.Path:
-    """The path as it is. Raises UserError if something is there, which would be lost."""
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists already; delete it, or choose another place")
-    return pathlib.Path(path)
+    """The absolute path. Raises UserError if something is there, which would be lost."""
+    absolute = pathlib.Path(path).absolute()
+    if not os.fspath(path) or os.path.lexists(absolute):
+        raise UserError(f"{absolute} exists already; delete it, or choose another place")
+    return absolute
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -111,6 +121,8 @@ def written_whole(path: pathlib.Path):
         partial.mkdir(parents=True)
         try:
             yield partial
+            for file in partial.iterdir():
+                _open_to_others(file)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(partial, path)

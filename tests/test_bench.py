@@ -20,9 +20,18 @@ def test_data_stages_side_by_side(capsys):
     assert "8x8x1 from the host, to 16 px" in capsys.readouterr().out
 
 
-def test_bad_data_is_told(capsys):
-    assert cli.main(["bench", "data", "--dataset", "digit"]) == 1
-    assert "did you mean 'digits'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--dataset", "digit"], "did you mean 'digits'"),
+        (["--images", "0"], "--images 0 must be at least 1"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--workers", "-1"], "--workers -1 must not be negative"),
+    ],
+)
+def test_bad_requests_are_told(capsys, arguments, says):
+    assert cli.main(["bench", "data", *arguments]) == 1
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,20 @@ from kdgqa_jax.errors import UserError
 @pytest.fixture
 def weights(golden):
     return helpers.golden_weights(golden("timm_vit"))
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A directory that transformers wrote."""
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=6, intermediate_size=48,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("hf")
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    return folder
 
 
 def refused(capsys, tmp_path, source, *arguments):
@@ -186,9 +201,14 @@ def test_code_in_a_pickle_is_refused_and_not_run(capsys, tmp_path, weights, zipp
         (["--num-heads", "6", "--image-size", "30"], "multiples of the patch size 8"),
         (["--num-heads", "6", "--num-classes", "-1"], "must not be negative"),
         (["--num-heads", "6", "--channels", "0"], "cannot be fitted to 0"),
-        (["--num-heads", "6", "--mean", "1,2"], "--mean has 2 values for 3 channels"),
+        (["--num-heads", "6", "--mean", "1,2"], "mean of images has 2 values for 3 channels"),
         (["--num-heds", "6"], "unknown argument '--num-heds': did you mean '--num-heads'?"),
         (["--to", "onnx"], "unknown export 'onnx'"),
+        (["--to", "released", "--num-classes", "0"], "--num-classes belong to a conversion"),
+        (["--num-heads", "6", "--std", "0"], "images cannot be normalised by mean"),
+        (["--num-heads", "6", "--pooling", "max"], "unknown pooling 'max'"),
+        (["--num-heads", "6", "--num-kv-heads", "0"], "num_kv_heads=0 was asked for"),
+        (["--num-heads", "0"], "width 48 is not a multiple of 0 heads"),
         (["--to", "released", "--attention", "gqa"], "--attention belong to a conversion"),
     ],
 )
@@ -206,6 +226,59 @@ def test_what_exists_is_left_alone(capsys, tmp_path, weights):
     assert (tmp_path / "out" / "mine").read_text() == "precious"
 
 
+def test_an_empty_place_is_not_the_current_directory(capsys, tmp_path, weights, monkeypatch):
+    save_file(weights, tmp_path / "a.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert", "--source", "a.safetensors", "--num-heads", "6", "--out", ""]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_folder_of_someone_else_is_never_replaced(sound, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("precious")
+    _, variables, description = checkpoint.load_model(sound / "ours")
+    with pytest.raises(UserError, match="holds something else than a model"):
+        checkpoint.save_model(tmp_path / "model", variables, description)
+    assert (tmp_path / "model" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("lie", "says"),
+    [
+        ({"num_hidden_layers": 5}, "num_hidden_layers=5 there, 1 in the weights"),
+        ({"patch_size": 4}, "patch_size=4 there, 8 in the weights"),
+        ({"image_size": 64}, "4 patches of 8 px does not fit the image size 64"),
+        ({"image_size": "big"}, "does not fit the image size 'big'"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'; the model here has 'gelu' alone"),
+        ({"num_attention_heads": "six"}, "num_attention_heads='six' must be a number"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused(capsys, tmp_path, hf, lie, says):
+    folder = tmp_path / "a"
+    shutil.copytree(hf, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **lie}))
+    assert says in refused(capsys, tmp_path, folder)
+
+
+def test_heads_are_those_of_the_config(capsys, tmp_path, hf):
+    assert "has 6 query heads, not 3" in refused(capsys, tmp_path, hf, "--num-heads", "3")
+
+
+def test_shards_are_refused(capsys, tmp_path, weights):
+    (tmp_path / "a").mkdir()
+    for i in (1, 2):
+        save_file(weights, tmp_path / "a" / f"model-0000{i}-of-00002.safetensors")
+    (tmp_path / "a" / "model.safetensors.index.json").write_text("{}")
+    assert "in several shards" in refused(capsys, tmp_path, tmp_path / "a")
+
+
+def test_others_may_read_what_was_written(sound):
+    modes = [(sound / "ours" / name).stat().st_mode for name in ("model.json", checkpoint.WEIGHTS)]
+    assert modes[0] == modes[1]
+
+
 def test_a_place_that_cannot_be_written(capsys, tmp_path, weights):
     save_file(weights, tmp_path / "a.safetensors")
     (tmp_path / "file").write_text("")
@@ -213,17 +286,6 @@ def test_a_place_that_cannot_be_written(capsys, tmp_path, weights):
     arguments = ["--source", str(tmp_path / "a.safetensors"), "--num-heads", "6", "--out", out]
     assert cli.main(["convert", *arguments]) == 1
     assert "out cannot be written (Not a directory)" in capsys.readouterr().err
-
-
-def test_an_activation_that_we_do_not_have_is_refused(capsys, tmp_path):
-    import transformers
-
-    config = transformers.ViTConfig(
-        hidden_size=48, num_hidden_layers=1, num_attention_heads=6, intermediate_size=48,
-        image_size=16, patch_size=8, hidden_act="quick_gelu",
-    )  # fmt: skip
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "a")
-    assert "hidden_act='quick_gelu'" in refused(capsys, tmp_path, tmp_path / "a")
 
 
 def test_a_name_on_the_hub_without_a_network(capsys, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def make_model(tmp_path_factory):
         description = {
             "model": arguments,
             "channels": channels,
-            "class_names": [f"kind {i}" for i in range(7)],
+            "class_names": [f"kind {i}" for i in range(arguments["num_classes"])],
             "preprocessing": {"mean": [0.4] * channels, "std": [0.2] * channels},
         }
         path = tmp_path_factory.mktemp("model") / "model"
@@ -156,6 +156,19 @@ def test_folder_to_table_csv_and_json(make_model, tmp_path, capsys):
     np.testing.assert_allclose(found.logits, expected, atol=1e-4)
 
 
+def test_a_model_without_a_head_gives_features(make_model, tmp_path, capsys):
+    path, model, variables = make_model(attention="gqa", num_classes=0)
+    array = helpers.normal(0, 2, 8, 8, 3)
+    np.save(tmp_path / "x.npy", array)
+    command = ["predict", "--checkpoint", str(path), "--images", str(tmp_path / "x.npy")]
+    assert cli.main([*command, "--out", str(tmp_path / "y.npy")]) == 0
+    features = np.load(tmp_path / "y.npy")
+    np.testing.assert_allclose(features, model.apply(variables, array), atol=1e-5)
+    assert features.shape == (2, 64)
+    assert cli.main(command) == 1
+    assert "the model has no class head; --out FILE.npy" in capsys.readouterr().err
+
+
 def test_inspect(make_model, capsys):
     path, _, _ = make_model(attention="dgqa_ema", num_kv_heads=2)
     assert cli.main(["inspect", "--checkpoint", str(path)]) == 0
@@ -194,6 +207,7 @@ def test_arrays_that_do_not_fit(make_model, tmp_path, capsys, array, says):
         (["--images", "{tmp}/a.npy", "{tmp}/b.npy"], "give one .npy file"),
         (["--images", "{tmp}/text.png", "--out", "{tmp}/a.txt"], "a.txt: unknown kind of file"),
         (["--images", "{tmp}/text.png", "--batch-size", "0"], "batch size 0 must be at least 1"),
+        (["--images", "{tmp}/fine.png", "--top", "0"], "top 0 classes were asked for"),
         (["--images", "{tmp}/text.png", "--checkpoint", "{tmp}"], "is not a model directory"),
     ],
 )

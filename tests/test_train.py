@@ -138,9 +138,19 @@ def test_seed_decides_the_run(whole_run, tmp_path):
 
 def test_mha_learns_digits(tmp_path):
     settings = tiny_config(epochs=8.0, log_every=50)
-    settings.model.name = "mu/2"
     result = train.train_and_evaluate(settings, tmp_path)
     assert result["top1"] > 80
+
+
+def test_missing_start_leaves_no_trace(tmp_path):
+    with pytest.raises(UserError, match="is not a model directory"):
+        train.train_and_evaluate(tiny_config("gqa", init="nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_of_a_study_is_refused(tmp_path):
+    with pytest.raises(UserError, match="kdgqa study"):
+        train.train_and_evaluate(config.load_config("demo"), tmp_path / "run")
 
 
 def test_start_from_another_model(whole_run, tmp_path):

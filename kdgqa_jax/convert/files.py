@@ -82,6 +82,11 @@ def _weights_in(folder: pathlib.Path) -> pathlib.Path:
     for name in _WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
+    if any(folder.glob("*.index.json")):
+        raise UserError(
+            f"{folder}: the weights are in several shards, which is not read; save the model again"
+            " in one file (save_pretrained(..., max_shard_size='100GB'))"
+        )
     found = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES and p.is_file())
     if len(found) == 1:
         return found[0]

@@ -96,9 +96,11 @@ def load_foreign(
     attention, reason = inference.attention_of(source, *heads)
     arguments["attention"] = attention
     report.notes += [f"attention {attention}: {reason}"] if attention else []
-    description, notes = preprocessing.describe(source, model.image_shape, channels)
-    report.notes += notes
-    description |= {"channels": channels, "class_names": _class_names(source, model.num_classes)}
+    description = {
+        "channels": channels,
+        "class_names": _class_names(source, model.num_classes),
+        "preprocessing": preprocessing.describe(source, model.image_shape),
+    }
     return Loaded(arguments, params, norm_stats, description, report)
 
 

@@ -139,7 +139,7 @@ def arguments_of(
     if patch_height != patch_size:
         raise UserError(f"{source.path}: patches of {patch_height}x{patch_size} are not square")
     query, key = shape_of_heads(find, "query"), shape_of_heads(find, "key")
-    num_heads = num_heads or _heads(source, layout, width, query)
+    num_heads = _heads(source, width, query, num_heads)
     if num_heads < 1 or width % num_heads:
         raise UserError(f"{source.path}: width {width} is not a multiple of {num_heads} heads")
     head_width = width // num_heads
@@ -160,6 +160,16 @@ def arguments_of(
     }
     if structure["qkv_bias"]:  # the default
         structure = {name: value for name, value in structure.items() if name != "qkv_bias"}
+    _check_config(
+        source,
+        {
+            "hidden_size": width,
+            "num_hidden_layers": fields["depth"],
+            "intermediate_size": fields["mlp_width"],
+            "patch_size": patch_size,
+            "num_channels": channels,
+        },
+    )
     known = [size for size, numbers in vit.SIZES.items() if numbers == fields]
     arguments = {
         "name": f"{known[0] if known else 'custom'}/{patch_size}",
@@ -190,13 +200,21 @@ def _number(source: Source, field: str, default: Any) -> Any:
     return value
 
 
-def _heads(source: Source, layout: Layout, width: int, query: tuple[int, ...]) -> int:
+def _heads(source: Source, width: int, query: tuple[int, ...], asked: int | None) -> int:
+    """N as the source states it; else as asked for, else by `HEADS_BY_WIDTH`."""
+    stated = None
     if len(query) == 3:  # the file has the heads as an axis
-        return query[1]
-    if "num_heads" in source.metadata.get("model", {}):
-        return source.metadata["model"]["num_heads"]
-    if "num_attention_heads" in source.config:
-        return int(_number(source, "num_attention_heads", 0))
+        stated = query[1]
+    elif "num_heads" in source.metadata.get("model", {}):
+        stated = source.metadata["model"]["num_heads"]
+    elif "num_attention_heads" in source.config:
+        stated = int(_number(source, "num_attention_heads", 0))
+    if stated is not None and asked not in (None, stated):
+        raise UserError(
+            f"{source.path} has {stated} query heads, not {asked}; leave it to the file"
+        )
+    if stated is not None or asked is not None:
+        return asked if stated is None else stated
     if width in HEADS_BY_WIDTH:
         return HEADS_BY_WIDTH[width]
     known = ", ".join(f"{n} for {w}" for w, n in HEADS_BY_WIDTH.items())
@@ -206,15 +224,33 @@ def _heads(source: Source, layout: Layout, width: int, query: tuple[int, ...]) -
     )
 
 
+def _check_config(source: Source, found: dict[str, int]) -> None:
+    """Raise UserError where config.json says something else than the arrays."""
+    wrong = [
+        f"{name}={source.config[name]!r} there, {value} in the weights"
+        for name, value in found.items()
+        if source.config.get(name, value) != value
+    ]
+    if wrong:
+        raise UserError(
+            f"{source.path.parent / 'config.json'} does not fit {source.path.name}:"
+            f" {'; '.join(wrong)}; fetch both again"
+        )
+
+
 def _grid(source: Source, layout: Layout, length: int, patch_size: int) -> tuple[int, int]:
     """(rows, columns) of the patches whose position embeddings number `length`."""
     size = source.metadata.get("model", {}).get("image_size", source.config.get("image_size"))
-    if isinstance(size, int):
-        size = (size, size)
-    if isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(x, int) for x in size):
-        grid = (size[0] // patch_size, size[1] // patch_size)
-        if grid[0] * grid[1] == length:
-            return grid
+    if size is not None:
+        sides = size if isinstance(size, list | tuple) else (size, size)
+        whole = len(sides) == 2 and all(isinstance(x, int) for x in sides)
+        grid = tuple(x // patch_size for x in sides) if whole else (0, 0)
+        if grid[0] * grid[1] != length:
+            raise UserError(
+                f"{source.path}: a position embedding for {length} patches of {patch_size} px does"
+                f" not fit the image size {size!r} that is stated beside the weights"
+            )
+        return grid
     side = math.isqrt(max(length, 0))
     if side < 1 or side * side != length:
         raise UserError(

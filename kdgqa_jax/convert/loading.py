@@ -19,6 +19,7 @@ from kdgqa_jax.convert.conversion_report import ConversionReport
 from kdgqa_jax.convert.foreign import Loaded, load_foreign
 from kdgqa_jax.convert.merging import MERGING, Merged, to_merged
 from kdgqa_jax.convert.pooling import POOLING, to_grouped
+from kdgqa_jax.data.images import Preprocessing
 from kdgqa_jax.errors import UserError, unknown
 from kdgqa_jax.version import versions
 
@@ -100,7 +101,7 @@ def load(
     before, model = _source_model(loaded), vit.create(**arguments)
     _fit_head(loaded, before, model)
     _fit_images(loaded, before, model, channels)
-    _fit_preprocessing(loaded.description, mean, std)
+    _fit_preprocessing(loaded, mean, std)
     _fit_kv_heads(loaded, before, model, pooling, seed, calibration)
     _fit_norm_stats(loaded, before, model)
     for path, x in {**loaded.params, **loaded.norm_stats}.items():
@@ -176,8 +177,8 @@ def _wanted(
             f" {have['num_heads']} query heads, which gqa, kdgqa and pgqa store alike; give"
             " --attention (a file named after its variant needs none)"
         )
-    if variant_name(attention) == "mha":
-        num_kv_heads = num_kv_heads or have["num_heads"]
+    if num_kv_heads is None and variant_name(attention) == "mha":
+        num_kv_heads = have["num_heads"]
     elif num_kv_heads is None and have["num_kv_heads"] < have["num_heads"]:
         num_kv_heads = have["num_kv_heads"]
     asked = {"image_size": image_size, "num_classes": num_classes}
@@ -231,23 +232,41 @@ def _fit_images(
         loaded.params[name] = adapt_input_channels(loaded.params[name], channels)
         loaded.report.changed(name, f"from {have} to {channels} input channels")
         loaded.description["channels"] = channels
-        preprocessing = loaded.description["preprocessing"]
-        for statistic in ("mean", "std"):
+        preprocessing = loaded.description["preprocessing"] or {}
+        for statistic in preprocessing.keys() & {"mean", "std"}:
             value = float(np.mean(preprocessing[statistic]))
             preprocessing[statistic] = [value] * channels
 
 
 def _fit_preprocessing(
-    description: dict[str, Any], mean: Sequence[float] | None, std: Sequence[float] | None
+    loaded: Loaded, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> None:
-    channels = description["channels"]
+    """What the source says of images, or as the paper has it; `mean` and `std` as asked for."""
+    description, channels = loaded.description, loaded.description["channels"]
+    unstated = description["preprocessing"] is None
+    halves = [0.5] * channels
+    found = {"mean": halves, "std": halves, **(description["preprocessing"] or {})}
     for name, asked in (("mean", mean), ("std", std)):
-        if asked is None:
-            continue
-        if len(asked) not in (1, channels):
-            raise UserError(f"--{name} has {len(asked)} values for {channels} channels")
-        values = [float(x) for x in asked]
-        description["preprocessing"][name] = values * channels if len(values) == 1 else values
+        if asked is not None:
+            values = [float(x) for x in asked]
+            found = {**found, name: values * channels if len(values) == 1 else values}
+        given = found[name] if isinstance(found[name], list | tuple) else [found[name]] * channels
+        if len(given) != channels:
+            raise UserError(
+                f"{name} of images has {len(given)} values for {channels} channels; give --{name}"
+            )
+    try:
+        Preprocessing(**found)
+    except TypeError as error:
+        raise UserError(
+            f"{loaded.report.source}: unknown preparation of images ({error})"
+        ) from None
+    description["preprocessing"] = found
+    if unstated:
+        loaded.report.notes.append(
+            "the source does not say how images are prepared; taken: squashed to the model's size,"
+            f" mean {found['mean']}, std {found['std']} (--mean, --std)"
+        )
 
 
 def _fit_kv_heads(
@@ -262,11 +281,11 @@ def _fit_kv_heads(
         raise UserError(
             f"pooling {pooling!r} takes no calibration images; {' and '.join(MERGING)} do"
         )
+    if pooling not in (*POOLING, *MERGING):
+        raise unknown("pooling", pooling, (*POOLING, *MERGING))
     have, want = before.attention["num_kv_heads"], model.attention["num_kv_heads"]
     if have == want:
         return
-    if pooling not in (*POOLING, *MERGING):
-        raise unknown("pooling", pooling, (*POOLING, *MERGING))
     params = unflatten_dict(loaded.params, sep="/")
     if pooling in MERGING:
         params = _merge(loaded, before, model, params, pooling, calibration)

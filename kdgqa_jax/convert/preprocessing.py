@@ -8,27 +8,20 @@ from kdgqa_jax.errors import UserError
 _PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
-def describe(
-    source: Source, image_shape: tuple[int, int], channels: int
-) -> tuple[dict[str, Any], list[str]]:
-    """({"preprocessing": fields of `data.images.Preprocessing`}, remarks for the report).
+def describe(source: Source, image_shape: tuple[int, int]) -> dict[str, Any] | None:
+    """Fields of `data.images.Preprocessing`; None where the source says nothing.
 
     From the metadata of our own export, from Hugging Face's preprocessor_config.json, or from
-    timm's config.json (pretrained_cfg); otherwise as the paper has it: squashed to the model's
-    size, mean 0.5 and std 0.5.
+    timm's config.json (pretrained_cfg).
     """
     side = min(image_shape)
     if "preprocessing" in source.metadata:
-        return {"preprocessing": source.metadata["preprocessing"]}, []
+        return source.metadata["preprocessing"]
     if "image_mean" in source.preprocessor:
-        return {"preprocessing": _hugging_face(source.preprocessor, side)}, []
+        return _hugging_face(source.preprocessor, side)
     if isinstance(source.config.get("pretrained_cfg"), dict):
-        return {"preprocessing": _timm(source.config["pretrained_cfg"])}, []
-    note = (
-        "the source does not say how images are prepared; taken: squashed to the model's size,"
-        " mean 0.5, std 0.5 (--mean, --std)"
-    )
-    return {"preprocessing": {"mean": [0.5] * channels, "std": [0.5] * channels}}, [note]
+        return _timm(source.config["pretrained_cfg"])
+    return None
 
 
 def _hugging_face(config: dict[str, Any], side: int) -> dict[str, Any]:

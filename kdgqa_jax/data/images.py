@@ -34,6 +34,14 @@ class Preprocessing:
     crop_share: float = 1.0
 
     def __post_init__(self):
+        mean, std = (np.asarray(x, np.float64) for x in (self.mean, self.std))
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+            raise UserError(
+                f"images cannot be normalised by mean {self.mean} and std {self.std}: expected"
+                " finite numbers, and std above 0"
+            )
+        if not 0.0 < self.crop_share <= 1.0:
+            raise UserError(f"crop_share={self.crop_share} must be above 0 and at most 1")
         if self.resize not in RESIZES:
             raise unknown("resize", self.resize, RESIZES)
         filters = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")

@@ -184,6 +184,8 @@ def train_source(
 
     Raises UserError: a split too large for `on_device`.
     """
+    if workers < 0:
+        raise UserError(f"data.workers={workers} must not be negative; 0: threads of this process")
     if not on_device:
         batches = TrainBatches(split, batch_size, seed, workers)
         return batches, lambda batch: sharding.put_batch(batch, mesh)
