@@ -201,18 +201,8 @@ _CONVERT_OPTIONS: dict[str, dict] = {
     "channels": {"type": int, "help": "of images; none: as it is"},
     "mean": {"type": _floats, "help": "of pixels in 0..1, with commas"},
     "std": {"type": _floats, "help": "of pixels in 0..1, with commas"},
-    "allow_missing": {
-        "metavar": "NAME",
-        "nargs": "+",
-        "default": [],
-        "help": "may be missing: starts anew",
-    },
-    "allow_left_over": {
-        "metavar": "NAME",
-        "nargs": "+",
-        "default": [],
-        "help": "may be in the source, unused",
-    },
+    "allow_missing": {**_NAMES, "help": "may be missing: starts anew"},
+    "allow_left_over": {**_NAMES, "help": "may be in the source, unused"},
     "allow_nan": {"action": "store_true", "help": "accept NaN and infinity"},
 }
 """The options of `convert.load`."""
