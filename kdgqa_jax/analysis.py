@@ -45,12 +45,8 @@ def capture(
       images: (B, height, width, channels) float, normalised.
       mask: (B,) bool, False for padded images.
     """
-    logits, collections = model.apply(
-        variables,
-        images,
-        mask=mask,
-        mutable=["grouping", "intermediates"],
-        rngs={"noise": jax.random.key(0)},  # for pgqa with noise_at_eval only
+    logits, collections = vit.apply_in_evaluation(
+        model, variables, images, mask, collect=["intermediates"]
     )
     maps = layers.stack_layers(collections["intermediates"])["blocks"]["attn"]["maps"]
     return Captured(logits=logits, maps=maps, **layers.grouping_of(collections))

@@ -1,18 +1,26 @@
 """Images per second of each stage of the input pipeline, side by side."""
 
+import io
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import sharding
-from kdgqa_jax.console import table
+from kdgqa_jax.console import say, table
 from kdgqa_jax.data import augment, pipeline, sources
 from kdgqa_jax.errors import UserError
+
+ROUNDS = 5
+PIL_ALONE, READ = "PIL alone", "read and decode"
+PLAIN = "read, decode and resize: plain loop"
 
 
 def bench_config(
@@ -31,13 +39,14 @@ def bench_data(
 ) -> list[dict[str, Any]]:
     """Measure every stage on `images` training images and print a table.
 
-    Stages: decode (one process, one image after the other), decode and resize (the plain loop that
-    the others are compared with; measured before and after them, the faster counts), the host
-    pipeline without and with workers, transfer to the device, augmentation on the device.
+    Stages: PIL alone (decoding compressed images that lie in memory), read and decode, the plain
+    loop (read, decode and resize, one image after the other in one process), the host pipeline
+    without and with workers, transfer to the device, augmentation on the device. Those of the host
+    take turns, `ROUNDS` times, and the fastest turn counts: what else a machine does only slows.
 
     Returns:
-      Per stage: stage, rate (images/s), ratio (to the plain loop), and for augmentation the number
-      of compilations.
+      Per stage: stage, rate (images/s), ratio (to PIL alone for reading, to the plain loop for
+      what comes after it), and for augmentation the number of compilations.
     """
     asked = {"--batch-size": config.batch_size, "--images": images, "--image-size": image_size}
     for name, value in asked.items():
@@ -51,18 +60,25 @@ def bench_data(
     count = min(images, len(prepared))
     steps = max(count // batch_size, 1)
 
-    rates = {"decode": _rate(dataset.train[i] for i in range(count))}
-    plain = _rate(prepared[i] for i in range(count))
-    for workers in sorted({0, data.workers}):
+    def host_pipeline(workers: int) -> float:
         batches = pipeline.TrainBatches(prepared, batch_size, config.seed, workers)
-        next(batches)  # starts workers
         # What lies ready ahead of time must not count: go on until it is used up.
-        for _ in range(min(steps, 8)):
+        for _ in range(4 + 4 * max(workers, 2)):
             next(batches)
-        name = f"host pipeline, {workers} workers"
-        rates[name] = batch_size * _rate(itertools.islice(batches, steps))
-    plain = max(plain, _rate(prepared[i] for i in range(count)))
-    rates = {"decode": rates.pop("decode"), "decode and resize: plain loop": plain, **rates}
+        rate = batch_size * _rate(itertools.islice(batches, steps))
+        batches.close()
+        time.sleep(1.0)  # threads end what they have begun
+        return rate
+
+    stages: dict[str, Callable[[], float]] = {}
+    if hasattr(dataset.train, "encoded"):
+        stages[PIL_ALONE] = lambda: _decoding_rate(dataset.train, count)
+    stages[READ] = lambda: _rate(dataset.train[i] for i in range(count))
+    stages[PLAIN] = lambda: _rate(prepared[i] for i in range(count))
+    for workers in sorted({0, data.workers}):
+        stages[f"host pipeline, {workers} workers"] = partial(host_pipeline, workers)
+    rounds = [{name: measure() for name, measure in stages.items()} for _ in range(ROUNDS)]
+    rates = {name: max(r[name] for r in rounds) for name in stages}
 
     batch = next(pipeline.TrainBatches(prepared, batch_size, config.seed))
     on_device = sharding.put_batch(batch, mesh)
@@ -85,13 +101,30 @@ def bench_data(
         return step(on_device["image"], on_device["label"], next(seeds))
 
     rates["augment on the device"] = batch_size * _rate_of(augmented)
-    results = [{"stage": s, "rate": rate, "ratio": rate / plain} for s, rate in rates.items()]
+    compared_with = {PIL_ALONE: PIL_ALONE, READ: PIL_ALONE if PIL_ALONE in rates else READ}
+    results = [
+        {"stage": name, "rate": rate, "ratio": rate / rates[compared_with.get(name, PLAIN)]}
+        for name, rate in rates.items()
+    ]
     results[-1]["compilations"] = step._cache_size()
     shape = "x".join(map(str, batch["image"].shape[1:]))
     title = f"{data.name}: batches of {batch_size}, {shape} from the host, to {image_size} px"
     rows = [[r["stage"], f"{r['rate']:,.0f}", f"{r['ratio']:.2f}"] for r in results]
-    table(["stage", "images/s", "ratio to the plain loop"], rows, title, numbers=True)
+    table(["stage", "images/s", "ratio"], rows, title, numbers=True)
+    say(f"ratio: of {READ!r} to {PIL_ALONE!r}, of the others to the plain loop")
+    say(f"compilations of the augmentation: {step._cache_size()}")
     return results
+
+
+def _decoding_rate(split: Any, count: int) -> float:
+    """Images per second that PIL decodes from memory, as a plain loop does it."""
+    from PIL import Image
+
+    rates = []
+    for start in range(0, count, 256):  # a few at a time, whatever the size of the split
+        files = [split.encoded(i) for i in range(start, min(start + 256, count))]
+        rates.append(_rate(np.asarray(Image.open(io.BytesIO(f)).convert("RGB")) for f in files))
+    return statistics.mean(rates)
 
 
 def _rate(items: Iterable[Any]) -> float:

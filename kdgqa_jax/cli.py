@@ -77,8 +77,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     given = [
         f"--{name.replace('_', '-')}"
         for name, settings in _CONVERT_OPTIONS.items()
-        if getattr(arguments, name)
-        != settings.get("default", False if "action" in settings else None)
+        if getattr(arguments, name) != settings.get("default")
     ]
     if arguments.to and given:
         raise UserError(
@@ -203,7 +202,7 @@ _CONVERT_OPTIONS: dict[str, dict] = {
     "std": {"type": _floats, "help": "of pixels in 0..1, with commas"},
     "allow_missing": {**_NAMES, "help": "may be missing: starts anew"},
     "allow_left_over": {**_NAMES, "help": "may be in the source, unused"},
-    "allow_nan": {"action": "store_true", "help": "accept NaN and infinity"},
+    "allow_nan": {"action": "store_true", "default": False, "help": "accept NaN and infinity"},
 }
 """The options of `convert.load`."""
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from kdgqa_jax import layers, sharding, vit
@@ -34,13 +33,8 @@ def make_eval_step(model: vit.VisionTransformer, mean: float, std: float) -> Cal
     @jax.jit
     def eval_step(variables: dict[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
         labels, mask = batch["label"], batch["mask"]
-        logits, collections = model.apply(
-            variables,
-            augment.to_model_input(batch["image"], model.image_shape, mean, std),
-            mask=mask,
-            mutable=["grouping"],
-            rngs={"noise": jax.random.key(0)},  # for pgqa with noise_at_eval only
-        )
+        images = augment.to_model_input(batch["image"], model.image_shape, mean, std)
+        logits, collections = vit.apply_in_evaluation(model, variables, images, mask)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         per_image = {
             "loss": loss,
@@ -52,15 +46,6 @@ def make_eval_step(model: vit.VisionTransformer, mean: float, std: float) -> Cal
         return {**sums, "allocation": layers.grouping_of(collections)["allocation"]}
 
     return eval_step
-
-
-def most_frequent(allocations: np.ndarray) -> list[list[int]]:
-    """Each layer's most frequent allocation: (n, L, K) -> L lists of K; the first one on a tie."""
-    frequent = []
-    for layer in range(allocations.shape[1]):
-        rows, counts = np.unique(allocations[:, layer], axis=0, return_counts=True)
-        frequent.append(rows[np.argmax(counts)].tolist())
-    return frequent
 
 
 def evaluate(
@@ -85,15 +70,11 @@ def evaluate(
     total = {name: float(sum(s[name] for s in sums)) for name in ("loss", "top1", "top5", "count")}
     allocations = []
     for s in sums:
-        allocation = s["allocation"]  # (L, K), or (L, B, K) in example scope
-        if allocation.ndim == 3:
-            allocations += list(np.moveaxis(allocation[:, : int(s["count"])], 1, 0))
-        else:
-            allocations.append(allocation)
+        allocations += layers.allocations_by_batch(s["allocation"], int(s["count"]))
     return {
         "top1": 100 * total["top1"] / total["count"],
         "top5": 100 * total["top5"] / total["count"],
         "loss": total["loss"] / total["count"],
         "count": int(total["count"]),
-        "allocation": most_frequent(np.stack(allocations)),
+        "allocation": [rows[0].tolist() for rows in layers.allocations_by_frequency(allocations)],
     }

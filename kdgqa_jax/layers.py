@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -43,6 +44,23 @@ def grouping_of(collections: dict[str, Any]) -> dict[str, Array]:
     With allocation_scope="example" a batch axis follows the layer axis.
     """
     return stack_layers(collections["grouping"])["blocks"]["attn"]
+
+
+def allocations_by_batch(allocation: np.ndarray, count: int) -> list[np.ndarray]:
+    """The (L, K) allocations of a batch: its one, or from (L, B, K) those of its `count` images."""
+    return [allocation] if allocation.ndim == 2 else list(np.moveaxis(allocation[:, :count], 1, 0))
+
+
+def allocations_by_frequency(allocations: list[np.ndarray]) -> list[np.ndarray]:
+    """Per layer the different allocations of n batches or images, the most frequent first: (m, K).
+
+    On a tie the one with the smaller entries, from the first key/value head on, comes first.
+    """
+    ranked = []
+    for rows in np.stack(allocations, axis=1):  # (n, K) of a layer
+        different, counts = np.unique(rows, axis=0, return_counts=True)
+        ranked.append(different[np.argsort(-counts, kind="stable")])
+    return ranked
 
 
 def count_parameters(params: dict[str, Any]) -> tuple[int, int]:

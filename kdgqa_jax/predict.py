@@ -30,13 +30,7 @@ class Predictions:
 
 
 def _step(model: vit.VisionTransformer, variables: dict[str, Any], images: Array, mask: Array):
-    logits, collections = model.apply(
-        variables,
-        images,
-        mask=mask,
-        mutable=["grouping"],
-        rngs={"noise": jax.random.key(0)},  # for pgqa with noise_at_eval only
-    )
+    logits, collections = vit.apply_in_evaluation(model, variables, images, mask)
     return logits, layers.grouping_of(collections)["allocation"]
 
 
@@ -66,10 +60,7 @@ def predict_batches(
             step(model, variables, jnp.asarray(padded), jnp.arange(batch_size) < count)
         )
         logits.append(found[:count])
-        if allocation.ndim == 3:  # (L, B, K) in example scope
-            allocations += list(np.moveaxis(allocation[:, :count], 1, 0))
-        else:
-            allocations.append(allocation)
+        allocations += layers.allocations_by_batch(allocation, count)
     return Predictions(np.concatenate(logits), np.stack(allocations))
 
 
@@ -167,11 +158,10 @@ def top_classes(
 def describe_allocation(allocations: np.ndarray) -> list[str]:
     """A line per layer: the allocations that its batches (or images) had, (n, L, K)."""
     lines = []
-    for layer in range(allocations.shape[1]):
-        rows, counts = np.unique(allocations[:, layer], axis=0, return_counts=True)
-        shown = [" ".join(map(str, row)) for row in rows[np.argsort(-counts, kind="stable")]]
-        more = f" (and {len(shown) - 1} others)" if len(shown) > 1 else ""
-        lines.append(f"layer {layer}: query heads per key/value head {shown[0]}{more}")
+    for layer, rows in enumerate(layers.allocations_by_frequency(allocations)):
+        more = f" (and {len(rows) - 1} others)" if len(rows) > 1 else ""
+        shown = " ".join(map(str, rows[0]))
+        lines.append(f"layer {layer}: query heads per key/value head {shown}{more}")
     return lines
 
 

@@ -10,6 +10,7 @@ embedding. `create("S/16", attention="kdgqa", num_kv_heads=3)` builds a Flax mod
 import dataclasses
 import numbers
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -98,7 +99,7 @@ class VisionTransformer(nn.Module):
     def image_shape(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         size = self.image_size
-        return (size, size) if isinstance(size, int) else tuple(size)
+        return tuple(size) if isinstance(size, list | tuple) else (size, size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -318,8 +319,7 @@ def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransf
     for option in ("width", "depth", "mlp_width", "patch_size"):
         if getattr(model, option) < 1:
             raise UserError(f"model option {option}={getattr(model, option)} must be at least 1")
-    size = model.image_size
-    shape = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    shape = model.image_shape
     whole = len(shape) == 2 and all(isinstance(side, numbers.Integral) for side in shape)
     if not whole or any(side < 1 or side % model.patch_size for side in shape):
         raise UserError(
@@ -349,3 +349,28 @@ def init_norm_stats(model: VisionTransformer, channels: int = 3) -> dict[str, An
     return jax.jit(
         lambda: init_variables(model, jax.random.key(0), channels).get("norm_stats", {})
     )()
+
+
+def apply_in_evaluation(
+    model: VisionTransformer,
+    variables: dict[str, Any],
+    images: Array,
+    mask: Array | None = None,
+    collect: Sequence[str] = (),
+) -> tuple[Array, dict[str, Any]]:
+    """(logits, collections "grouping" and `collect`): the one way in which models are evaluated.
+
+    Args:
+      model: any variant.
+      variables: {"params": ..., and for DGQA "norm_stats": ...}.
+      images: (B, height, width, channels) float, normalised.
+      mask: (B,) bool, False for padded images.
+      collect: further collections that the layers write.
+    """
+    return model.apply(
+        variables,
+        images,
+        mask=mask,
+        mutable=["grouping", *collect],
+        rngs={"noise": jax.random.key(0)},  # for pgqa with noise_at_eval only
+    )

@@ -9,8 +9,8 @@ def test_data_stages_side_by_side(capsys):
     config = bench_data.bench_config("digits", "", batch_size=16, workers=0)
     results = bench_data.bench_data(config, image_size=16, images=64)
     assert [r["stage"] for r in results] == [
-        "decode",
-        "decode and resize: plain loop",
+        "read and decode",
+        "read, decode and resize: plain loop",
         "host pipeline, 0 workers",
         "transfer",
         "augment on the device",

@@ -11,7 +11,7 @@ import optax
 import pytest
 from ml_collections import FrozenConfigDict
 
-from kdgqa_jax import checkpoint, config, evaluate, optim, train
+from kdgqa_jax import checkpoint, config, evaluate, layers, optim, train
 from kdgqa_jax.errors import UserError
 
 
@@ -258,9 +258,10 @@ def test_top_k_counts_like_a_sort():
     assert ties.tolist() == [True, True, False]
 
 
-def test_most_frequent_allocation_is_one_that_occurred():
+def test_allocations_by_frequency():
     allocations = np.array([[[2, 0], [1, 1]], [[0, 2], [1, 1]], [[0, 2], [2, 0]]])
-    assert evaluate.most_frequent(allocations) == [[0, 2], [1, 1]]
+    found = layers.allocations_by_frequency(allocations)
+    assert [rows.tolist() for rows in found] == [[[0, 2], [2, 0]], [[1, 1], [2, 0]]]
 
 
 def test_cut_off_last_metrics_line_is_dropped(tmp_path):

@@ -2,7 +2,7 @@
 
 A split is random access: `len(split)` and `split[i] -> {"image": uint8 HWC, "label": int32}`. One
 of compressed images also has `split.open(i) -> (PIL image, label)`, which saves whoever resizes the
-image the way through an array and back.
+image the way through an array and back, and `split.encoded(i) -> bytes`, the stored file.
 """
 
 import dataclasses

@@ -130,8 +130,11 @@ class TrainBatches(Iterator[Batch]):
 
     def _start(self) -> Iterator[Batch]:
         ahead = self._batches[self._position :]
-        # Threads prefetch; the order of the batches does not depend on them.
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+        # Threads prefetch; the order of the batches does not depend on them. A worker has one: two
+        # would wait for each other's Python.
+        options = grain.ReadOptions(
+            num_threads=1 if self._workers else 2, prefetch_buffer_size=2 if self._workers else 8
+        )
         dataset = ahead.to_iter_dataset(options)
         if self._workers:
             _parse_flags()
@@ -145,7 +148,14 @@ class TrainBatches(Iterator[Batch]):
 
     def set_state(self, state: dict[str, int]) -> None:
         """Go on from a position that `get_state` gave."""
-        self._position, self._iterator = state["batches"], None
+        self.close()
+        self._position = state["batches"]
+
+    def close(self) -> None:
+        """Stop what reads ahead; a next batch starts it again."""
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
 
 
 def _parse_flags() -> None:

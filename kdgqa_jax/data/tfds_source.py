@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -130,26 +130,45 @@ class TfdsSplit:
     def __len__(self) -> int:
         return self._length
 
+    def encoded(self, index: int) -> bytes:
+        """The image as it is stored: see `dataset.Split`."""
+        features = self._example.FromString(self._records[index]).features.feature
+        return features[self.keys[0]].bytes_list.value[0]
+
     def open(self, index: int) -> tuple[Any, np.int32]:
         """(PIL image, label): see `dataset.Split`."""
         index = range(self._length)[index]  # IndexError past the end
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        name = f"{self._files[file]}: record {index} of split {self.split!r}"
+        place = _Place(self, index)
         try:
             features = self._example.FromString(self._records[index]).features.feature
             encoded = features[self.keys[0]].bytes_list.value[0]
             label = features[self.keys[1]].int64_list.value[0]
         except Exception as error:
-            raise UserError(f"{name} cannot be read ({_one_line(error)}); {_ANEW}") from None
+            raise UserError(f"{place} cannot be read ({_one_line(error)}); {_ANEW}") from None
         if not 0 <= label < self._num_classes:
             raise UserError(
-                f"{name}: label {label} is out of range for {self._num_classes} classes"
+                f"{place}: label {label} is out of range for {self._num_classes} classes"
             )
-        return images.opened(io.BytesIO(encoded), name, self._channels), np.int32(label)
+        return images.opened(io.BytesIO(encoded), place, self._channels), np.int32(label)
+
+    def describe(self, index: int) -> str:
+        """Where a record lies, for the user."""
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        return f"{self._files[file]}: record {index} of split {self.split!r}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, label = self.open(index)
         return {"image": images.to_array(image), "label": label}
+
+
+class _Place(NamedTuple):
+    """Names a record once somebody asks; that takes as long as reading a small one."""
+
+    split: TfdsSplit
+    index: int
+
+    def __str__(self) -> str:
+        return self.split.describe(self.index)
 
 
 def _open_builder(directory: str) -> Any:

@@ -31,6 +31,10 @@ class FileSplit:
     def __len__(self) -> int:
         return len(self.names)
 
+    def encoded(self, index: int) -> bytes:
+        """The file: see `dataset.Split`."""
+        return pathlib.Path(self.root, self.names[index]).read_bytes()
+
     def open(self, index: int) -> tuple[Any, np.int32]:
         """(PIL image, label): see `dataset.Split`."""
         path = os.path.join(self.root, self.names[index])
