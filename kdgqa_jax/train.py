@@ -65,6 +65,12 @@ def init_state(
     )
 
 
+def statistics(data_config: ml_collections.ConfigDict) -> tuple[augment.Statistic, ...]:
+    """(mean, std) of `config.data`, hashable."""
+    frozen = input_of(data_config)
+    return frozen.mean, frozen.std
+
+
 def input_of(data_config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     """What the device does with images: the part of `config.data` that a training step needs."""
     fields = {name: data_config[name] for name in ("mean", "std", "augment")}
@@ -300,7 +306,7 @@ def train_and_evaluate(
 
     # --- Loop -----------------------------------------------------------------------------------
     train_step = make_train_step(model, optim_config, num_steps, input_of(data), mesh)
-    eval_step = make_eval_step(model, data.mean, data.std)
+    eval_step = make_eval_step(model, *statistics(data))
     first_step = int(state.step)
     writer = MetricsWriter(workdir, first_step)
     started = interval_started = time.monotonic()

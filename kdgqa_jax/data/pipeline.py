@@ -87,8 +87,17 @@ def prepare(
       dataset: as a source gives it.
       image_shape: (height, width) of the model.
       config: the fields of `config.data`.
+
+    Raises UserError: statistics for another number of channels.
     """
     preprocessing = Preprocessing(**{name: config[name] for name in PREPROCESSING})
+    channels = dataset.image_shape[-1]
+    for name in ("mean", "std"):
+        if np.size(config[name]) not in (1, channels):
+            raise UserError(
+                f"data.{name}={config[name]} has {np.size(config[name])} numbers; expected one, or"
+                f" one for each of the {channels} channels of {dataset.name}"
+            )
     native = dataset.native_size
     small = native is not None and native[0] <= image_shape[0] and native[1] <= image_shape[1]
     shape = native[:2] if small and config.crop_share == 1.0 else image_shape
