@@ -46,7 +46,7 @@ def train_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 42,
-            # A model directory whose weights the run starts from; "": random initialisation.
+            # A model that the run starts from, whatever `convert.load` reads; "": new weights.
             "init": "",
             "model": _model_config(),
             "data": {
@@ -73,12 +73,20 @@ def train_config() -> ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 0.01,
             },
-            "batch_size": 32,
+            "batch_size": 32,  # images per update, over all devices
+            "accumulate": 1,  # parts in which a batch is worked off, for less memory
             "epochs": 5.0,
+            "ema_decay": 0.0,  # of the moving average of weights that is evaluated; 0: none
+            "on_nonfinite": "stop",  # or "skip": leave the update out and count it
+            # Devices that share parameters, and heads and MLP; all others share the batch.
+            "mesh": {"fsdp": 1, "model": 1},
             "eval_batch_size": 256,
             "eval_every_epochs": 1.0,  # 0: at the end only
+            "keep_best": "",  # top1, top5 or loss: keep the best model on the test split in best/
             "checkpoint_every": 500,  # steps
+            "keep_checkpoints": 2,
             "log_every": 50,  # steps
+            "logs": {"tensorboard": False, "wandb": ""},  # wandb: a project
         },
         type_safe=False,
     )
