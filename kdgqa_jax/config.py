@@ -66,12 +66,21 @@ def train_config() -> ConfigDict:
             },
             "optim": {
                 "learning_rate": 1e-5,
-                "schedule": "constant",
+                "schedule": "constant",  # a name in optim.SCHEDULES
                 "warmup_steps": 0,
+                "cooldown_steps": 0,  # at the end, linearly to zero
+                "final_fraction": 0.0,  # of learning_rate: what it ends with, or is at least
+                "decay_steps": 10_000,  # of the schedules step, exponential and rsqrt
+                "decay_rate": 0.1,  # per decay_steps, of step and exponential
                 "beta1": 0.9,
                 "beta2": 0.999,
                 "eps": 1e-8,
+                "mu_dtype": "float32",  # of the first moment: float32 or bfloat16
                 "weight_decay": 0.01,
+                "weight_decay_exclude": "none",  # a name in optim.WITHOUT_DECAY
+                "clip_norm": 0.0,  # largest global norm of the gradients; 0: off
+                "layer_decay": 1.0,  # factor of the learning rate per layer down; 1: off
+                "freeze": (),  # patterns of parameter names: optim.trainable
             },
             "batch_size": 32,  # images per update, over all devices
             "accumulate": 1,  # parts in which a batch is worked off, for less memory
