@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,29 +15,29 @@ import ml_collections
 import numpy as np
 
 from kdgqa_jax import config as config_lib
-from kdgqa_jax import convert, sharding, train, vit
+from kdgqa_jax import convert, sharding, starting, train_step, vit
 from kdgqa_jax.console import table
 from kdgqa_jax.errors import UserError
 
 MIB = 2**20
 
 
-def compile_train_step(
+def abstract_train_step(
     config: ml_collections.ConfigDict, num_classes: int = 1000, channels: int = 3
-) -> tuple[jax.stages.Compiled, train.TrainState, dict[str, jax.ShapeDtypeStruct]]:
-    """(compiled step, abstract state, abstract batch) of a config; nothing is allocated."""
-    mesh = sharding.make_mesh()
-    model = train.build_model(config, num_classes)
-    optim_config = ml_collections.FrozenConfigDict(config.optim)
-    step = train.make_train_step(model, optim_config, 1000, train.input_of(config.data), mesh)
-    variables = jax.eval_shape(lambda: vit.init_variables(model, jax.random.key(0), channels))
+) -> tuple[Callable[..., Any], train_step.TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """(jitted step, abstract state, abstract batch) of a config; nothing is allocated."""
+    mesh = sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
+    model = starting.build_model(config, num_classes)
+    step = train_step.make_train_step(model, train_step.step_config(config), 1000, mesh)
     rng = jax.random.key(config.seed)
-    state = jax.eval_shape(lambda v: train.init_state(v, optim_config, rng), variables)
+    state = jax.eval_shape(
+        lambda: train_step.init_state(vit.init_variables(model, rng, channels), config, rng)
+    )
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch_size, *model.image_shape, channels), jnp.uint8),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
-    return step.lower(state, batch).compile(), state, batch
+    return step, state, batch
 
 
 def bench_train(
@@ -55,7 +55,8 @@ def bench_train(
     for variant in variants:
         config.model.attention = variant
         started = time.monotonic()
-        compiled, state, batch = compile_train_step(config)
+        step, state, batch = abstract_train_step(config)
+        compiled = step.lower(state, batch).compile()
         memory = compiled.memory_analysis()
         results.append(
             {

@@ -21,7 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from kdgqa_jax import sharding, vit, workdir
+from kdgqa_jax import processes, vit, workdir
 from kdgqa_jax.console import say
 from kdgqa_jax.errors import UserError
 
@@ -105,7 +105,7 @@ class StateCheckpoints:
                     f"no checkpoint in {self.directory} can be read; delete that folder to begin"
                     " anew, or choose another --workdir"
                 )
-            sharding.on_first_process(lambda step=step, aside=aside: self._set_aside(step, aside))
+            processes.on_first_process(lambda step=step, aside=aside: self._set_aside(step, aside))
             say(f"it is now {aside}; going back to the one before it")
             self._checkpointer.reload()
         return None
@@ -147,6 +147,8 @@ class StateCheckpoints:
         except UserError:
             raise
         except Exception as error:
+            if jax.process_count() > 1 and not _reason(str(error)):
+                raise  # not the disk, but another process
             raise UserError(
                 f"a checkpoint in {self.directory} cannot be {what} ({_one_line(error)}); older"
                 " ones are as they were; free space or change permissions, then run this again"
@@ -171,10 +173,14 @@ _REASONS = ("No space left on device", "Permission denied", "Read-only file syst
 _REASONS += ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE")
 
 
+def _reason(text: str) -> re.Match | None:
+    return re.search("|".join(_REASONS), text)
+
+
 def _one_line(error: Exception) -> str:
     """The part of a long message that tells what happened."""
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
-    known = re.search("|".join(_REASONS), text)
+    known = _reason(text)
     where = known.start() if known else 0
     return f"{type(error).__name__}: {text[where : where + 160]}"
 

@@ -1,10 +1,11 @@
 """The command line: `kdgqa COMMAND`. Flags only; the work is done by the modules."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.errors import Preempted, UserError, unknown
 from kdgqa_jax.version import __version__
 
 
@@ -30,12 +31,25 @@ def _train(arguments: argparse.Namespace) -> None:
     from kdgqa_jax import config, train
     from kdgqa_jax.console import say
 
+    _join(arguments)
     settings = config.override(config.load_config(arguments.config), arguments.overrides)
     result = train.train_and_evaluate(settings, arguments.workdir)
     say(
         f"test top-1 {result['top1']:.2f} % (best {result['best_top1']:.2f} %), top-5"
         f" {result['top5']:.2f} %, loss {result['loss']:.4f}; model in {arguments.workdir}/model"
     )
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    """Become one of several processes, if that is asked for."""
+    from kdgqa_jax import console, processes
+
+    job = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if arguments.multihost:
+        if processes.join_processes(*job) > 0:
+            console.be_silent()  # the first process speaks for all
+    elif any(x is not None for x in job):
+        raise UserError("--coordinator, --num-processes and --process-id need --multihost")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -175,6 +189,16 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="NAME[:key=value,...] or a .py file")
 
 
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--multihost", action="store_true", help="one of several processes: the same on every host"
+    )
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0; none: found by JAX")
+    parser.add_argument("--num-processes", type=int, help="how many; none: found by JAX")
+    parser.add_argument("--process-id", type=int, help="of this one; none: found by JAX")
+
+
 def _image_size(text: str) -> int | tuple[int, int]:
     sides = [int(side) for side in text.lower().split("x")]
     if len(sides) > 2:
@@ -233,7 +257,7 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "demo": ("the whole protocol on small real images, minutes on a laptop", _add_demo, _demo),
     "study": ("the protocol of a config: variants x seeds, a table, plots", _add_config, _study),
-    "train": ("one training run of a config", _add_config, _train),
+    "train": ("one training run of a config", _add_train, _train),
     "prepare": ("download a data set, or tell how to get it; count it", _add_prepare, _prepare),
     "convert": ("a checkpoint to a grouped variant, or back to PyTorch", _add_convert, _convert),
     "predict": ("logits or top classes of images", _add_predict, _predict),
@@ -303,16 +327,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("kdgqa: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except Preempted as stop:
+        print(f"kdgqa {arguments.command}: {stop}; the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except Exception as error:
         if arguments.debug:
             raise
+        from kdgqa_jax import processes
+
+        joined = getattr(arguments, "multihost", False)
         if isinstance(error, UserError):
             text = str(error)
+        elif joined:
+            text = f"another process of this run has ended, it seems ({_one_line(error)});"
+            text += f" {processes.GONE}"
         else:
             text = f"{type(error).__name__}: {error} (--debug shows the traceback)"
+        if joined:
+            processes.leave(text)
         print(f"kdgqa {arguments.command}: {text}", file=sys.stderr)
         return 1
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 if __name__ == "__main__":

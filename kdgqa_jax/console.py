@@ -17,6 +17,13 @@ from rich.progress import (
 from rich.table import Table
 
 LINE_EVERY = 10.0  # seconds between plain lines
+_silent = False
+
+
+def be_silent() -> None:
+    """From now on nothing is shown; for all processes of a job but the first."""
+    global _silent
+    _silent = True
 
 
 class ProgressBar:
@@ -33,7 +40,7 @@ class ProgressBar:
         self._start = self._last_line = time.monotonic()
         self._first = done
         self._live = None
-        if Console().is_terminal:
+        if Console().is_terminal and not _silent:
             self._live = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -54,7 +61,7 @@ class ProgressBar:
         self._done = done
         if self._live:
             self._live.update(self._task, completed=done, note=note)
-        elif time.monotonic() - self._last_line >= LINE_EVERY:
+        elif time.monotonic() - self._last_line >= LINE_EVERY and not _silent:
             self._print_line(note)
 
     def _print_line(self, note: str) -> None:
@@ -75,7 +82,8 @@ class ProgressBar:
 
 def say(line: str) -> None:
     """One plain line on standard output."""
-    print(line, flush=True)
+    if not _silent:
+        print(line, flush=True)
 
 
 def table(

@@ -21,3 +21,7 @@ def check_rates(**rates: float) -> None:
     for name, rate in rates.items():
         if not 0.0 <= rate < 1.0:
             raise UserError(f"{name}={rate} must be at least 0 and below 1")
+
+
+class Preempted(Exception):
+    """The run was asked to end, has saved its state and can go on later."""

@@ -8,10 +8,6 @@ from typing import Any
 import jax
 
 
-class Preempted(Exception):
-    """The run was asked to end, has saved its state and can go on later."""
-
-
 class Preemption:
     """`with Preemption() as preemption: ... if preemption.asked(step): save and raise Preempted`.
 

@@ -1,11 +1,6 @@
-"""The mesh of devices, how arrays lie on it, and what several processes do together.
+"""The mesh of devices and how arrays lie on it. One device is a mesh of one."""
 
-One device is a mesh of one, and one process a job of one: nothing else knows how many there are.
-"""
-
-import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,9 +70,11 @@ def by_rules(tree: Any, mesh: Mesh) -> Any:
         names = next((names for rule, names in RULES if re.search(rule, name)), ())
         names = (None,) * (x.ndim - len(names)) + names  # stacked layers have an axis more
         spec = [
-            axis if axis and size % mesh.shape[axis] == 0 else None
+            axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(names, x.shape, strict=True)
         ]
+        while spec and spec[-1] is None:  # one way to write each sharding
+            spec.pop()
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(of, tree)
@@ -106,56 +103,3 @@ def to_host(tree: Any, mesh: Mesh) -> Any:
     if jax.process_count() > 1:
         tree = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
     return jax.device_get(tree)
-
-
-# --- Several processes --------------------------------------------------------------------------
-
-
-def join_processes(coordinator: str | None, count: int | None, index: int | None) -> None:
-    """Become one process of a job; to be called before JAX is used otherwise.
-
-    On TPU pods and under SLURM all three are None: JAX finds them out.
-
-    Args:
-      coordinator: HOST:PORT of process 0.
-      count: of processes.
-      index: of this one.
-
-    Raises UserError: the others cannot be found.
-    """
-    given = [x is not None for x in (coordinator, count, index)]
-    if any(given) and not all(given):
-        raise UserError("--coordinator, --num-processes and --process-id belong together")
-    # On CPUs; the other platforms have their own.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        jax.distributed.initialize(
-            coordinator, count, index, initialization_timeout=60, heartbeat_timeout_seconds=20
-        )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise UserError(
-            f"the processes of --multihost did not find each other ({reason[0][:200]}); start all"
-            " of them within a minute, with the same --coordinator HOST:PORT and --num-processes"
-        ) from None
-
-
-def on_first_process(call: Callable[[], Any]) -> Any:
-    """The JSON value of `call`, made by process 0, in every process; its UserError too."""
-    if jax.process_count() == 1:
-        return call()
-    from jax.experimental import multihost_utils
-
-    outcome: dict[str, Any] = {}
-    if jax.process_index() == 0:
-        try:
-            outcome = {"value": call()}
-        except UserError as error:
-            outcome = {"error": str(error)}
-    text = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    text = np.resize(text, length)  # of another length elsewhere; the first one's counts
-    outcome = json.loads(bytes(multihost_utils.broadcast_one_to_all(text)))
-    if "error" in outcome:
-        raise UserError(outcome["error"])
-    return outcome["value"]

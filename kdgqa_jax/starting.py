@@ -65,6 +65,11 @@ class Start:
         return vit.create(**self.model)
 
 
+def build_model(config: ml_collections.ConfigDict, num_classes: int) -> vit.VisionTransformer:
+    """The model of `config.model`. Raises UserError for options that do not fit together."""
+    return vit.create(**config.model.to_dict(), num_classes=num_classes)
+
+
 def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) -> Start:
     """What `config` starts from, for a data set.
 

@@ -23,7 +23,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from kdgqa_jax import checkpoint, convert, layers, report, sharding, train, vit
+from kdgqa_jax import checkpoint, convert, layers, logs, report, sharding, starting, train, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.attention import variant_name
@@ -68,7 +68,7 @@ def _check(config: Config) -> None:
         raise UserError(f"variants={config.variants} names one of them twice")
     for stage in (config.pretrain, config.uptrain, config.finetune):
         for variant in ("mha", *config.variants):
-            train.build_model(_stage_config(config, stage, variant, config.seed), num_classes=2)
+            starting.build_model(_stage_config(config, stage, variant, config.seed), num_classes=2)
 
 
 def _stage_config(
@@ -163,7 +163,7 @@ def _convert(study: Config, config: Config, place: pathlib.Path) -> dict[str, An
     """Convert the model `config.init` into `config.model`; save and evaluate it as it is."""
     started = time.monotonic()
     _, variables, description = checkpoint.load_model(config.init)
-    model = train.build_model(config, len(description["class_names"]))
+    model = starting.build_model(config, len(description["class_names"]))
     kv_heads = model.attention["num_kv_heads"]
     params = convert.to_grouped(variables["params"], kv_heads, study.pooling, config.seed)
     variables = {
@@ -187,7 +187,7 @@ def _histories(config: Config, workdir: pathlib.Path) -> dict[str, report.Histor
     folder = workdir / f"seed{config.seed}"
     histories = {}
     for variant in config.variants:
-        stages = {stage: train.read_metrics(folder / variant / stage) for stage in report.TRAINED}
+        stages = {stage: logs.read_metrics(folder / variant / stage) for stage in report.TRAINED}
         histories[variant] = {
             stage: [r for r in records if r["split"] == "train"]
             for stage, records in stages.items()

@@ -10,15 +10,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from kdgqa_jax import checkpoint, optim, sharding, starting, vit
+from kdgqa_jax import checkpoint, optim, processes, sharding, starting, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.console import ProgressBar, say
 from kdgqa_jax.data import augment, pipeline, sources
-from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.errors import Preempted, UserError, unknown
 from kdgqa_jax.evaluate import evaluate, make_eval_step
 from kdgqa_jax.logs import MetricsWriter, read_metrics
-from kdgqa_jax.preemption import Preempted, Preemption
+from kdgqa_jax.preemption import Preemption
 from kdgqa_jax.train_step import ON_NONFINITE, TrainState, init_state, make_train_step, step_config
 from kdgqa_jax.version import versions
 
@@ -106,7 +106,7 @@ def train_and_evaluate(
     # --- Workdir --------------------------------------------------------------------------------
     first_process = jax.process_index() == 0
     workdir = pathlib.Path(
-        sharding.on_first_process(lambda: os.fspath(workdir_lib.claim(workdir, asked, MAY_CHANGE)))
+        processes.on_first_process(lambda: os.fspath(workdir_lib.claim(workdir, asked, MAY_CHANGE)))
     )
     for name in ("model", "best"):
         checkpoint.check_replaceable(workdir / name)
@@ -139,7 +139,7 @@ def train_and_evaluate(
         state = jax.jit(begin, out_shardings=shardings)(start.variables)
         for line in start.told:
             say(f"{title}: {line}")
-        sharding.on_first_process(lambda: starting.write(start, workdir))
+        processes.on_first_process(lambda: starting.write(start, workdir))
     else:
         state = jax.jit(begin_anew, out_shardings=shardings)()
 
@@ -188,7 +188,7 @@ def train_and_evaluate(
             "versions": versions(),
         }
         variables = sharding.to_host(state.variables, mesh)
-        sharding.on_first_process(
+        processes.on_first_process(
             lambda: checkpoint.save_model(workdir / name, variables, description)
         )
 
@@ -255,7 +255,7 @@ def train_and_evaluate(
             "train_step_compilations": train_step._cache_size(),
         }
         checkpoints.save(num_steps, state, position())
-    sharding.on_first_process(lambda: workdir_lib.write_json(workdir / "result.json", result))
+    processes.on_first_process(lambda: workdir_lib.write_json(workdir / "result.json", result))
     return result
 
 

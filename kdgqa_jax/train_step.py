@@ -151,6 +151,8 @@ def make_train_step(
 
 def _average(ema: Tree, params: Tree, step: Array, decay: float) -> Tree:
     """The moving average of weights; its decay grows to `decay`, so that it forgets the start."""
+    if not ema:
+        return ema
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda a, p: (a + (1.0 - decay) * (p - a)).astype(a.dtype), ema, params)
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdgqa_jax import checkpoint, config, evaluate, layers, train
+from kdgqa_jax import checkpoint, config, evaluate, layers, logs, train
 from kdgqa_jax.errors import UserError
 
 
@@ -45,6 +45,7 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+TIMES = ("images_per_second", "step_seconds", "data_seconds")
 FIGURES = ("top1", "top5", "loss", "allocation", "steps", "best_top1")
 
 
@@ -58,7 +59,7 @@ def whole_run(tmp_path_factory):
 def test_run_leaves_what_it_promises(whole_run):
     workdir, result = whole_run
     assert result["steps"] == 12
-    records = train.read_metrics(workdir)
+    records = logs.read_metrics(workdir)
     steps = [record["step"] for record in records if record["split"] == "train"]
     assert steps == list(range(1, 13))
     assert records[-1]["split"] == "test" and records[-1]["top1"] == result["top1"]
@@ -76,7 +77,7 @@ def test_run_leaves_what_it_promises(whole_run):
 def test_one_compilation_while_allocations_change(whole_run):
     workdir, result = whole_run
     allocations = {
-        json.dumps(r["allocation"]) for r in train.read_metrics(workdir) if r["split"] == "train"
+        json.dumps(r["allocation"]) for r in logs.read_metrics(workdir) if r["split"] == "train"
     }
     assert len(allocations) >= 3
     assert result["train_step_compilations"] == 1
@@ -84,7 +85,7 @@ def test_one_compilation_while_allocations_change(whole_run):
 
 def test_allocation_changes_in_steps_of_the_window_only(whole_run):
     workdir, _ = whole_run
-    records = [r for r in train.read_metrics(workdir) if r["split"] == "train"]
+    records = [r for r in logs.read_metrics(workdir) if r["split"] == "train"]
     changed_at = [
         after["step"] - 1  # the step that the update did, counted from zero
         for before, after in itertools.pairwise(records)
@@ -97,14 +98,14 @@ def test_allocation_changes_in_steps_of_the_window_only(whole_run):
 def test_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, monkeypatch, stop_at):
     """Stopped before and after the first checkpoint (step 5)."""
     workdir, result = whole_run
-    write = train.MetricsWriter.write
+    write = logs.MetricsWriter.write
 
     def stop(self, **record):
         write(self, **record)
         if record["step"] == stop_at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.MetricsWriter, "write", stop)
+    monkeypatch.setattr(logs.MetricsWriter, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         train.train_and_evaluate(tiny_config("dgqa_diff"), tmp_path)
     monkeypatch.undo()
@@ -114,8 +115,8 @@ def test_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, monkeypatch, s
 
     def figures(folder):
         return [
-            {k: v for k, v in record.items() if k != "images_per_second"}
-            for record in train.read_metrics(folder)
+            {k: v for k, v in record.items() if k not in TIMES}
+            for record in logs.read_metrics(folder)
         ]
 
     assert figures(tmp_path) == figures(workdir)
@@ -125,7 +126,7 @@ def test_finished_run_is_left_as_it_is(whole_run):
     workdir, result = whole_run
     again = train.train_and_evaluate(tiny_config("dgqa_diff"), workdir)
     assert {k: again[k] for k in FIGURES} == {k: result[k] for k in FIGURES}
-    assert len(train.read_metrics(workdir)) == 13
+    assert len(logs.read_metrics(workdir)) == 13
 
 
 def test_seed_decides_the_run(whole_run, tmp_path):
@@ -141,7 +142,7 @@ def test_mha_learns_digits(tmp_path):
 
 
 def test_missing_start_leaves_no_trace(tmp_path):
-    with pytest.raises(UserError, match="is not a model directory"):
+    with pytest.raises(UserError, match="source nowhere not found"):
         train.train_and_evaluate(tiny_config("gqa", init="nowhere"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -162,12 +163,14 @@ def test_start_from_another_model(whole_run, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), before, after)
 
 
-def test_start_from_a_model_that_does_not_fit_is_refused(whole_run, tmp_path):
+def test_start_from_a_model_of_another_architecture_is_refused(whole_run, tmp_path):
     workdir, _ = whole_run
-    settings = tiny_config("gqa", init=str(workdir / "model"))
-    settings.model.num_kv_heads = 2
-    with pytest.raises(UserError, match=r"does not fit config.model: norm_stats/blocks/attn/alloc"):
-        train.train_and_evaluate(settings, tmp_path)
+    settings = tiny_config("dgqa_diff", init=str(workdir / "model"))
+    settings.model.name, settings.model.norm_epsilon = "mu/2", 1e-5
+    says = "norm_epsilon is 1e-06 there, 1e-05 here; patch_size is 4 there, 2 in mu/2; leave these"
+    with pytest.raises(UserError, match=says):
+        train.train_and_evaluate(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_workdir_of_another_config_is_refused_and_kept(whole_run):
@@ -195,7 +198,7 @@ def test_unwritable_workdir_is_refused(tmp_path):
         ({"optim.learning_rate": 0.0}, "must be positive"),
         ({"batch_size": 0}, "batch_size=0 must be a positive multiple"),
         ({"log_every": 0}, "log_every=0 must be positive"),
-        ({"init": "/nowhere/model"}, "is not a model directory"),
+        ({"init": "/nowhere/model"}, "source /nowhere/model not found"),
     ],
 )
 def test_bad_configs_are_refused_before_anything_is_written(tmp_path, changes, says):
@@ -236,8 +239,8 @@ def test_allocations_by_frequency():
 
 def test_cut_off_last_metrics_line_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert train.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
-    train.MetricsWriter(tmp_path, step=1)
+    assert logs.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    logs.MetricsWriter(tmp_path, step=1)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 

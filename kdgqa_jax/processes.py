@@ -1,0 +1,97 @@
+"""What several processes of one run do together; one process is a job of one."""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdgqa_jax.errors import UserError
+
+LOOK_EVERY = 10.0  # seconds between looks at the other processes
+GONE = "start all of them again: the run goes on from its newest checkpoint"
+
+
+def join_processes(coordinator: str | None, count: int | None, index: int | None) -> int:
+    """Become one process of a job, and return which; to be called before JAX is used otherwise.
+
+    On TPU pods and under SLURM all three are None: JAX finds them out.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      count: of processes.
+      index: of this one.
+
+    Raises UserError: the others cannot be found.
+    """
+    given = [x is not None for x in (coordinator, count, index)]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --num-processes and --process-id belong together")
+    # On CPUs; the other platforms have their own.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Otherwise the runtime aborts this process when another one ends; `_watch` says why it ends.
+    jax.config.update("jax_enable_recoverability", True)
+    try:
+        jax.distributed.initialize(
+            coordinator, count, index, initialization_timeout=60, heartbeat_timeout_seconds=20
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise UserError(
+            f"the processes of --multihost did not find each other ({reason[0][:200]}); start all"
+            " of them within a minute, with the same --coordinator HOST:PORT and --num-processes"
+        ) from None
+    threading.Thread(target=_watch, daemon=True).start()
+    return jax.process_index()
+
+
+def _watch() -> None:
+    """End this process when another one is gone, whatever it is waiting for."""
+    from jax._src import distributed
+
+    client, everyone = distributed.global_state.client, list(range(jax.process_count()))
+    while True:
+        time.sleep(LOOK_EVERY)
+        try:
+            alive = client.get_live_nodes(everyone)
+            gone = [str(i) for i in everyone if i not in alive]
+        except Exception:  # process 0, which keeps the list
+            gone = ["0"]
+        if distributed.global_state.client is None:  # the run has ended
+            return
+        if gone:
+            time.sleep(LOOK_EVERY)  # most often the failed step has told it by then
+            leave(f"process {', '.join(gone)} of this run has ended; {GONE}")
+
+
+def leave(text: str) -> None:
+    """End this process at once: an orderly end would wait for processes that may be gone."""
+    sys.stdout.flush()
+    print(f"kdgqa: {text}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def on_first_process(call: Callable[[], Any]) -> Any:
+    """The JSON value of `call`, made by process 0, in every process; its UserError too."""
+    if jax.process_count() == 1:
+        return call()
+    from jax.experimental import multihost_utils
+
+    outcome: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            outcome = {"value": call()}
+        except UserError as error:
+            outcome = {"error": str(error)}
+    text = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = np.resize(text, length)  # of another length elsewhere; the first one's counts
+    outcome = json.loads(bytes(multihost_utils.broadcast_one_to_all(text)))
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    return outcome["value"]
