@@ -300,6 +300,8 @@ class GroupedQueryAttention(nn.Module):
 
         if variant.rule is None:
             allocation = equal
+        elif self.has_variable("given", "allocation"):
+            allocation = self.get_variable("given", "allocation")
         elif not variant.remembers:
             allocation = self._apply_rule(norms)
         else:

@@ -4,44 +4,77 @@ A model directory holds `model.json` (how to build the model, its classes and pr
 it comes from) and `weights.safetensors` (params and norm_stats, by their paths).
 """
 
+import contextlib
+import gc
+import logging
 import os
 import pathlib
+import re
+import shutil
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from kdgqa_jax import vit, workdir
+from kdgqa_jax import sharding, vit, workdir
+from kdgqa_jax.console import say
 from kdgqa_jax.errors import UserError
 
 WEIGHTS = "weights.safetensors"
 
 
-def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """The shapes and dtypes of a tree of arrays, to be restored with one sharding."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+# --- The state of a run -------------------------------------------------------------------------
+
+
+def abstract(shapes: Any, shardings: Any) -> Any:
+    """What `StateCheckpoints.restore` takes, from trees of shapes and of shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
 
 
 class StateCheckpoints:
-    """The checkpoints of one run: the whole training state by step, the newest two kept.
+    """The checkpoints of one run: the whole training state by step, the newest `keep` of them.
 
-    Saving is asynchronous and atomic: a kill at any moment leaves the checkpoints before it.
+    Saving is asynchronous and atomic: a kill at any moment leaves the checkpoints before it. Each
+    carries a checksum over all bits of the state, which holds on any number of devices.
     """
 
-    def __init__(self, directory: pathlib.Path):
-        self._checkpointer = ocp.training.Checkpointer(
-            directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(2),
-            cleanup_tmp_directories=True,
-        )
+    def __init__(self, directory: pathlib.Path, keep: int = 2):
+        self.directory = directory
+        with self._told("read"):
+            self._checkpointer = ocp.training.Checkpointer(
+                directory,
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                cleanup_tmp_directories=True,
+            )
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-        """Save in the background, unless this step is saved already; `position` is JSON."""
-        if self.latest_step != step:
+        """Save in the background, unless this step is saved already; `position` is JSON.
+
+        Raises UserError: this checkpoint, or one before it, cannot be written.
+        """
+        if self.latest_step == step:
+            return
+        metadata = {**position, "checksum": int(_checksum(state))}
+        with self._told("written"):
             # Without force, a save is skipped while the one before it is under way.
-            self._checkpointer.save_async(step, state, custom_metadata=position, force=True)
+            self._checkpointer.save_async(step, state, custom_metadata=metadata, force=True)
+
+    def wait(self) -> None:
+        """Until saves under way have ended. Raises UserError if one of them failed."""
+        with self._told("written"):
+            self._checkpointer.wait()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are saved, oldest first."""
+        return sorted(c.step for c in self._checkpointer.checkpoints)
 
     @property
     def latest_step(self) -> int | None:
@@ -49,15 +82,122 @@ class StateCheckpoints:
         latest = self._checkpointer.latest
         return latest.step if latest else None
 
-    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, position) of the newest step; `like` is an abstract state."""
-        step = self.latest_step
-        position = self._checkpointer.metadata(step).custom_metadata
-        return self._checkpointer.load(step, like), position
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """(state, position) of the newest step that can be read; None: there are no checkpoints.
 
-    def close(self) -> None:
-        """Wait for saves under way."""
-        self._checkpointer.close()
+        Damaged ones are reported and set aside beside `directory`.
+
+        Args:
+          like: an abstract state: shapes, dtypes and shardings, which need not be those of before.
+
+        Raises UserError: there are checkpoints, and none of them can be read.
+        """
+        steps = self.steps
+        for step in reversed(steps):
+            with _quiet():
+                found = self._restore(step, like)
+            if not isinstance(found, str):
+                return found
+            aside = self.directory.parent / f"damaged_checkpoint_{step}"
+            say(f"checkpoint of step {step} in {self.directory} is damaged ({found})")
+            if step == steps[0]:
+                raise UserError(
+                    f"no checkpoint in {self.directory} can be read; delete that folder to begin"
+                    " anew, or choose another --workdir"
+                )
+            sharding.on_first_process(lambda step=step, aside=aside: self._set_aside(step, aside))
+            say(f"it is now {aside}; going back to the one before it")
+            self._checkpointer.reload()
+        return None
+
+    def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]] | str:
+        """(state, position), or why not."""
+        try:
+            position = dict(self._checkpointer.metadata(step).custom_metadata)
+            checksum = position.pop("checksum")
+            state = self._checkpointer.load(step, like)
+        except KeyError:
+            return "its metadata is incomplete"
+        except Exception as error:  # whatever Orbax and TensorStore raise
+            return _one_line(error)
+        if int(_checksum(state)) != checksum:
+            return "its checksum is wrong"
+        return state, position
+
+    def _set_aside(self, step: int, aside: pathlib.Path) -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(self.directory / str(step), aside)
+
+    def __enter__(self) -> "StateCheckpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Wait for saves under way. Raises UserError if one of them failed."""
+        if error is None:
+            with self._told("written"):
+                self._checkpointer.close()
+        elif jax.process_count() == 1:  # others, which may be gone, would have to close it too
+            with contextlib.suppress(Exception):  # the error that was first is told
+                self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"a checkpoint in {self.directory} cannot be {what} ({_one_line(error)}); older"
+                " ones are as they were; free space or change permissions, then run this again"
+            ) from None
+
+
+@jax.jit
+def _checksum(state: Any) -> jax.Array:
+    """() uint32: a weighted sum over all bits; integers add up alike in whatever order."""
+    total = jnp.uint32(0)
+    for i, x in enumerate(jax.tree.leaves(state)):
+        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis in range(x.ndim):
+            place = place * 31 + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        total = total * 16777619 + jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32) + i
+    return total
+
+
+_REASONS = ("No space left on device", "Permission denied", "Read-only file system")
+_REASONS += ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE")
+
+
+def _one_line(error: Exception) -> str:
+    """The part of a long message that tells what happened."""
+    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    known = re.search("|".join(_REASONS), text)
+    where = known.start() if known else 0
+    return f"{type(error).__name__}: {text[where : where + 160]}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the log of Orbax, which tells of every damaged array in a hundred lines."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    hook = sys.unraisablehook
+    try:
+        sys.unraisablehook = lambda unraisable: None
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+        gc.collect()  # tasks that were left alone complain when they are collected
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# --- Model directories --------------------------------------------------------------------------
 
 
 def save_model(

@@ -35,22 +35,25 @@ def _model_config() -> ConfigDict:
         "dtype": "float32",
         "param_dtype": "float32",
     }
-    return ConfigDict({**fields, **typed})
+    return ConfigDict({**fields, **typed}, type_safe=False)
 
 
 def train_config() -> ConfigDict:
-    """All fields of a training run; the defaults are the paper's recipe (docs/method.md)."""
+    """All fields of a training run; the defaults are the paper's recipe (docs/method.md).
+
+    Values are checked by `check_fields` when a run starts, not when they are set.
+    """
     return ConfigDict(
         {
             "seed": 42,
-            # A model directory whose weights the run starts from; "": random initialisation.
+            # A model that the run starts from, whatever `convert.load` reads; "": new weights.
             "init": "",
             "model": _model_config(),
             "data": {
                 "name": "digits",
                 "data_dir": "",
                 "shift": "none",  # a name in data.sources.SHIFTS
-                "mean": 0.5,  # of pixel values in 0..1
+                "mean": 0.5,  # of pixel values in 0..1: one number, or one per channel
                 "std": 0.5,
                 # How the host brings images to one size: data.images.Preprocessing.
                 "resize": "squash",
@@ -79,13 +82,22 @@ def train_config() -> ConfigDict:
                 "layer_decay": 1.0,  # factor of the learning rate per layer down; 1: off
                 "freeze": (),  # patterns of parameter names: optim.trainable
             },
-            "batch_size": 32,
+            "batch_size": 32,  # images per update, over all devices
+            "accumulate": 1,  # parts in which a batch is worked off, for less memory
             "epochs": 5.0,
+            "ema_decay": 0.0,  # of the moving average of weights that is evaluated; 0: none
+            "on_nonfinite": "stop",  # or "skip": leave the update out and count it
+            # Devices that share parameters, and heads and MLP; all others share the batch.
+            "mesh": {"fsdp": 1, "model": 1},
             "eval_batch_size": 256,
             "eval_every_epochs": 1.0,  # 0: at the end only
+            "keep_best": "",  # top1, top5 or loss: keep the best model on the test split in best/
             "checkpoint_every": 500,  # steps
+            "keep_checkpoints": 2,
             "log_every": 50,  # steps
-        }
+            "logs": {"tensorboard": False, "wandb": ""},  # wandb: a project
+        },
+        type_safe=False,
     )
 
 
@@ -101,7 +113,8 @@ def study_config() -> ConfigDict:
             "pretrain": train_config(),
             "uptrain": train_config(),
             "finetune": train_config(),
-        }
+        },
+        type_safe=False,
     )
 
 
@@ -149,22 +162,28 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
     return ConfigDict(values)
 
 
-def _fields(config: ConfigDict, prefix: str = "") -> dict[str, type]:
-    """Type by dotted name of every field that is not a section."""
-    fields: dict[str, type] = {}
+def _fields(config: ConfigDict, prefix: str = "") -> dict[str, tuple[type, Any]]:
+    """Type and value by dotted name of every field that is not a section."""
+    fields: dict[str, tuple[type, Any]] = {}
     for key in config:
         if isinstance(config[key], ConfigDict):
             fields |= _fields(config[key], f"{prefix}{key}.")
         else:
-            fields[prefix + key] = config.get_type(key)
+            fields[prefix + key] = config.get_type(key), config[key]
     return fields
 
 
-def _parse(field: str, text: str, kind: type) -> Any:
+ONE_OR_SEVERAL = ("image_size", "mean", "std")
+"""Fields that take a number or several: (height, width), or one per channel."""
+
+
+def _parse(field: str, text: str, kind: type, value: Any) -> Any:
+    item = (type(value[0]) if value else str) if kind is tuple else kind
+    several = "," in text if field.split(".")[-1] in ONE_OR_SEVERAL else kind is tuple
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        return tuple(text.split(",")) if kind is tuple else kind(text)
+        return tuple(map(item, text.split(",") if text else ())) if several else item(text)
     except (ValueError, KeyError):
         expected = "true or false" if kind is bool else f"of type {kind.__name__}"
         raise UserError(f"config field {field}={text!r} must be {expected}") from None
@@ -186,7 +205,7 @@ def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
             raise UserError(f"{argument!r} must have the form --config.{field}=VALUE")
         if field not in fields:
             raise unknown("config field", field, fields)
-        config.update_from_flattened_dict({field: _parse(field, text, fields[field])})
+        config.update_from_flattened_dict({field: _parse(field, text, *fields[field])})
     return config
 
 
@@ -201,10 +220,12 @@ def check_fields(config: ConfigDict, schema: ConfigDict, prefix: str = "") -> No
         value = config[key]
         if isinstance(default, ConfigDict):
             check_fields(value, default, f"{prefix}{key}.")
-        elif default is not None and value is not None and not _fits(value, default):
-            raise UserError(
-                f"config field {prefix + key}={value!r} must be a {type(default).__name__}"
-            )
+        elif default is not None and value is not None:
+            several = key in ONE_OR_SEVERAL and isinstance(value, tuple | list) and value
+            if not all(_fits(x, default) for x in (value if several else [value])):
+                raise UserError(
+                    f"config field {prefix + key}={value!r} must be a {type(default).__name__}"
+                )
 
 
 def _fits(value: Any, default: Any) -> bool:
@@ -214,6 +235,4 @@ def _fits(value: Any, default: Any) -> bool:
         return isinstance(value, bool) and isinstance(default, bool)
     if isinstance(default, float):
         return isinstance(value, float | int)
-    if isinstance(default, int) and isinstance(value, tuple | list):
-        return True  # image_size: a side, or (height, width)
     return isinstance(value, type(default))

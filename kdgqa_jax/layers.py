@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 Array = jax.Array
 
@@ -36,6 +37,12 @@ def unstack_layers(tree: dict[str, Any]) -> dict[str, Any]:
         f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], tree["blocks"]) for i in range(depth)
     }
     return {**rest, **layers}
+
+
+def only(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """The branches of a tree that end in `name`."""
+    flat = flatten_dict(tree)
+    return unflatten_dict({path: x for path, x in flat.items() if path[-1] == name})
 
 
 def grouping_of(collections: dict[str, Any]) -> dict[str, Array]:

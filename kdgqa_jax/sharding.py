@@ -1,40 +1,161 @@
-"""The mesh of devices and how arrays lie on it. One device is a mesh of one."""
+"""The mesh of devices, how arrays lie on it, and what several processes do together.
 
+One device is a mesh of one, and one process a job of one: nothing else knows how many there are.
+"""
+
+import json
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kdgqa_jax.errors import UserError
 
+AXES = ("data", "fsdp", "model")
+_BATCH = PartitionSpec(("data", "fsdp"))
 
-def make_mesh() -> jax.sharding.Mesh:
-    """All devices of all processes along one axis, `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"attn/(query|key|value)/kernel$", ("fsdp", "model", None)),  # DNH, DKH
+    (r"attn/(query|key|value)/bias$", ("model", None)),  # NH, KH
+    (r"attn/out/kernel$", ("model", None, "fsdp")),  # NHD
+    (r"mlp/fc1/kernel$", ("fsdp", "model")),  # DM
+    (r"mlp/fc1/bias$", ("model",)),  # M
+    (r"mlp/fc2/kernel$", ("model", "fsdp")),  # MD
+    (r"patch_embed/kernel$", (None, None, None, "fsdp")),  # PPCD
+    (r"pos_embed$", (None, None, "fsdp")),  # 1SD
+    (r"(head|head_dist|pre_logits)/kernel$", ("fsdp", None)),  # D, classes
+)
+"""What the last axes of an array are split over, by the end of its path.
+
+The first rule that matches counts; the rest is on every device. They hold for parameters and for
+whatever has their paths: moments of the optimizer, averages of weights.
+"""
 
 
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The same array on every device: parameters and other state."""
+def make_mesh(fsdp: int = 1, model: int = 1) -> Mesh:
+    """All devices of all processes on a mesh with the axes (data, fsdp, model).
+
+    Batches are split over data and fsdp, parameters and the optimizer's state over fsdp, attention
+    heads and the MLP over model. The axis data takes the devices that are left.
+
+    Raises UserError: sizes that do not divide the devices (of one process, for model).
+    """
+    devices, local = jax.device_count(), jax.local_device_count()
+    if fsdp < 1 or model < 1 or devices % (fsdp * model) or local % model:
+        raise UserError(
+            f"mesh.fsdp={fsdp} times mesh.model={model} must divide the {devices} devices, and"
+            f" mesh.model the {local} of one process"
+        )
+    shape = (devices // (fsdp * model), fsdp, model)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharded(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The leading axis split over the devices: batches."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def batch_sharded(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over the devices, but for those along `model`: batches."""
+    return NamedSharding(mesh, _BATCH)
 
 
-def check_batch_size(name: str, batch_size: int, mesh: jax.sharding.Mesh) -> None:
-    """Raise UserError unless a batch can be split over the devices."""
-    devices = mesh.shape["data"]
-    if batch_size < 1 or batch_size % devices:
-        raise UserError(f"{name}={batch_size} must be a positive multiple of the {devices} devices")
+def by_rules(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every array of a tree (of arrays or their shapes), by `RULES`.
+
+    An axis that cannot be divided evenly is not split: with fewer key/value heads than devices
+    along `model`, every device has all of them.
+    """
+
+    def of(path: Any, x: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        names = next((names for rule, names in RULES if re.search(rule, name)), ())
+        names = (None,) * (x.ndim - len(names)) + names  # stacked layers have an axis more
+        spec = [
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(names, x.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def check_batch_size(name: str, batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+    """Raise UserError unless a batch, or each of its `parts`, can be split over the devices."""
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or batch_size % (count * parts):
+        of = f"{parts} x {count}" if parts > 1 else f"{count}"
+        what = "accumulate x devices" if parts > 1 else "devices"
+        raise UserError(f"{name}={batch_size} must be a positive multiple of {of} ({what})")
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's part of a global batch -> global arrays, split over the devices."""
     sharding = batch_sharded(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, values)
         for name, values in batch.items()
     }
+
+
+def to_host(tree: Any, mesh: Mesh) -> Any:
+    """The tree as whole NumPy arrays, in every process."""
+    if jax.process_count() > 1:
+        tree = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+    return jax.device_get(tree)
+
+
+# --- Several processes --------------------------------------------------------------------------
+
+
+def join_processes(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Become one process of a job; to be called before JAX is used otherwise.
+
+    On TPU pods and under SLURM all three are None: JAX finds them out.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      count: of processes.
+      index: of this one.
+
+    Raises UserError: the others cannot be found.
+    """
+    given = [x is not None for x in (coordinator, count, index)]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --num-processes and --process-id belong together")
+    # On CPUs; the other platforms have their own.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator, count, index, initialization_timeout=60, heartbeat_timeout_seconds=20
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise UserError(
+            f"the processes of --multihost did not find each other ({reason[0][:200]}); start all"
+            " of them within a minute, with the same --coordinator HOST:PORT and --num-processes"
+        ) from None
+
+
+def on_first_process(call: Callable[[], Any]) -> Any:
+    """The JSON value of `call`, made by process 0, in every process; its UserError too."""
+    if jax.process_count() == 1:
+        return call()
+    from jax.experimental import multihost_utils
+
+    outcome: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            outcome = {"value": call()}
+        except UserError as error:
+            outcome = {"error": str(error)}
+    text = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = np.resize(text, length)  # of another length elsewhere; the first one's counts
+    outcome = json.loads(bytes(multihost_utils.broadcast_one_to_all(text)))
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    return outcome["value"]

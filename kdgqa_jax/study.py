@@ -177,7 +177,7 @@ def _convert(study: Config, config: Config, place: pathlib.Path) -> dict[str, An
     data, mesh = config.data, sharding.make_mesh()
     dataset = sources.load(data.name, data.data_dir, data.shift)
     dataset = pipeline.prepare(dataset, model.image_shape, data)
-    eval_step = make_eval_step(model, data.mean, data.std)
+    eval_step = make_eval_step(model, *pipeline.statistics(data))
     result = evaluate(eval_step, variables, dataset.test, config.eval_batch_size, mesh)
     return {**result, "steps": 0, "seconds": time.monotonic() - started}
 

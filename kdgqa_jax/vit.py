@@ -39,7 +39,7 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block only
 }
 
-_COLLECTIONS = ("params", "norm_stats", "grouping", "intermediates", "inputs")
+_COLLECTIONS = ("params", "norm_stats", "given", "grouping", "intermediates", "inputs")
 
 _CHOICES = {
     "pool": ("token", "avg"),

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 from kdgqa_jax.errors import UserError
@@ -64,20 +65,28 @@ def read_json(path: pathlib.Path) -> Any:
         raise UserError(f"{path} is damaged ({error}); delete it or choose another place") from None
 
 
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+def _differences(there: Any, here: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, value there, value here) of every field that differs."""
     if isinstance(there, dict) and isinstance(here, dict):
         return [
-            line
+            difference
             for key in sorted(there.keys() | here.keys())
-            for line in _differences(
+            for difference in _differences(
                 there.get(key), here.get(key), f"{name}.{key}" if name else key
             )
         ]
-    return [] if there == here else [f"{name}: {there!r} there, {here!r} here"]
+    return [] if there == here else [(name, there, here)]
 
 
-def claim(workdir: str | os.PathLike, config: dict[str, Any]) -> pathlib.Path:
+def claim(
+    workdir: str | os.PathLike, config: dict[str, Any], may_change: Sequence[str] = ()
+) -> pathlib.Path:
     """Make `workdir` the directory of the run that `config` describes, or go on with that run.
+
+    Args:
+      workdir: the directory.
+      config: nested dict of JSON values.
+      may_change: dotted names of fields, or of sections, that may differ from those of before.
 
     Returns:
       The absolute path; it holds `config.json`.
@@ -99,7 +108,11 @@ def claim(workdir: str | os.PathLike, config: dict[str, Any]) -> pathlib.Path:
         raise UserError(
             f"workdir {path} cannot be written ({reason}); choose another --workdir"
         ) from None
-    differences = _differences(read_json(record), config)
+    differences = [
+        f"{name}: {there!r} there, {here!r} here"
+        for name, there, here in _differences(read_json(record), config)
+        if not any(f"{name}.".startswith(f"{free}.") for free in may_change)
+    ]
     if differences:
         shown = "; ".join(differences[:4]) + ("; ..." if len(differences) > 4 else "")
         raise UserError(

@@ -205,3 +205,10 @@ def test_float_images_are_not_needed():
     images, labels = batch()
     out, _ = step(config(**EVERYTHING))(jnp.asarray(images), labels, 0)
     assert out.dtype == jnp.float32
+
+
+def test_normalisation_per_channel():
+    mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+    found = augment.to_model_input(images, (4, 4), mean, std)
+    np.testing.assert_allclose(found, (images / 255 - mean) / std, atol=1e-6)

@@ -5,7 +5,8 @@ import pytest
 from kdgqa_jax import bench, bench_data, cli
 
 
-def test_data_stages_side_by_side(capsys):
+def test_data_stages_side_by_side(capsys, monkeypatch):
+    monkeypatch.setattr(bench_data, "ROUNDS", 1)
     config = bench_data.bench_config("digits", "", batch_size=16, workers=0)
     results = bench_data.bench_data(config, image_size=16, images=64)
     assert [r["stage"] for r in results] == [

@@ -105,7 +105,18 @@ def test_every_config_declares_its_fields(name):
 
 def test_fields_of_another_type_are_refused():
     settings = config.train_config()
-    with settings.ignore_type():
-        settings.batch_size = "many"
+    settings.batch_size = "many"
     with pytest.raises(UserError, match="config field batch_size='many' must be a int"):
+        config.check_fields(settings, config.train_config())
+
+
+def test_fields_that_take_a_number_or_several():
+    given = ["--config.data.mean=0.1,0.2,0.3", "--config.model.image_size=32,16"]
+    settings = config.override(config.train_config(), given)
+    assert settings.data.mean == (0.1, 0.2, 0.3) and settings.model.image_size == (32, 16)
+    settings = config.override(settings, ["--config.data.mean=0.4"])
+    assert settings.data.mean == 0.4
+    config.check_fields(settings, config.train_config())
+    settings.batch_size = (4, 4)
+    with pytest.raises(UserError, match="config field batch_size="):
         config.check_fields(settings, config.train_config())

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from kdgqa_jax import sharding
+from kdgqa_jax.config import train_config
 from kdgqa_jax.data import images, pipeline, sources
 from kdgqa_jax.errors import UserError
 
@@ -146,3 +147,10 @@ def test_images_that_cannot_be_read_are_counted_and_replaced():
     assert "corrupt" not in batch
     with pytest.raises(UserError, match="no image of the split"):
         pipeline.Prepared(Damaged(2, (0, 1)), (2, 2), skip_corrupt=True)[0]
+
+
+def test_statistics_must_fit_the_channels():
+    config = train_config()
+    config.data.mean = (0.1, 0.2, 0.3)
+    with pytest.raises(UserError, match=r"data\.mean=.* has 3 numbers; expected one, or one for"):
+        pipeline.prepare(sources.load("digits"), (8, 8), config.data)

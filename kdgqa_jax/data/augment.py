@@ -50,16 +50,22 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def to_model_input(images: Array, image_shape: tuple[int, int], mean: float, std: float) -> Array:
-    """uint8 (B, H, W, C) -> float32 (B, *image_shape, C): bilinear resize, then normalisation.
+Statistic = float | tuple[float, ...]  # of pixel values in 0..1: one number, or one per channel
 
-    `mean` and `std` are those of pixel values in 0..1.
-    """
+
+def to_model_input(
+    images: Array, image_shape: tuple[int, int], mean: Statistic, std: Statistic
+) -> Array:
+    """uint8 (B, H, W, C) -> float32 (B, *image_shape, C): bilinear resize, then normalisation."""
     images = images.astype(jnp.float32) / 255.0
     if images.shape[1:3] != image_shape:
         shape = (images.shape[0], *image_shape, images.shape[3])
         images = jax.image.resize(images, shape, "bilinear")
-    return (images - mean) / std
+    return _normalise(images, mean, std)
+
+
+def _normalise(images: Array, mean: Statistic, std: Statistic) -> Array:
+    return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
 def training_batch(
@@ -69,8 +75,8 @@ def training_batch(
     config: ml_collections.FrozenConfigDict,
     image_shape: tuple[int, int],
     num_classes: int,
-    mean: float,
-    std: float,
+    mean: Statistic,
+    std: Statistic,
 ) -> tuple[Array, Array]:
     """Augmented model input and its targets.
 
@@ -107,7 +113,7 @@ def training_batch(
     if config.resized_crop < 1.0:
         crop = functools.partial(_resized_crop, shape=image_shape, least=config.resized_crop)
         images = jax.vmap(crop)(images, keys[:, 3])
-        images = (images / 255.0 - mean) / std
+        images = _normalise(images / 255.0, mean, std)
     else:
         images = to_model_input(images, image_shape, mean, std)
     if config.erase:

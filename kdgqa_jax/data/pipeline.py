@@ -6,6 +6,7 @@ bool.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -72,6 +73,12 @@ class Prepared:
         return {**item, "image": to_array(image)}
 
 
+def statistics(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
+    """(mean, std) of `config.data`, hashable."""
+    frozen = ml_collections.FrozenConfigDict({"mean": config.mean, "std": config.std})
+    return frozen.mean, frozen.std
+
+
 PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing))
 
 
@@ -87,8 +94,17 @@ def prepare(
       dataset: as a source gives it.
       image_shape: (height, width) of the model.
       config: the fields of `config.data`.
+
+    Raises UserError: statistics for another number of channels.
     """
     preprocessing = Preprocessing(**{name: config[name] for name in PREPROCESSING})
+    channels = dataset.image_shape[-1]
+    for name in ("mean", "std"):
+        if np.size(config[name]) not in (1, channels):
+            raise UserError(
+                f"data.{name}={config[name]} has {np.size(config[name])} numbers; expected one, or"
+                f" one for each of the {channels} channels of {dataset.name}"
+            )
     native = dataset.native_size
     small = native is not None and native[0] <= image_shape[0] and native[1] <= image_shape[1]
     shape = native[:2] if small and config.crop_share == 1.0 else image_shape
@@ -97,6 +113,28 @@ def prepare(
         return Prepared(split, tuple(shape), preprocessing, config.skip_corrupt)
 
     return dataclasses.replace(dataset, train=prepared(dataset.train), test=prepared(dataset.test))
+
+
+def _global_index(row: int, batch_size: int, processes: int, process: int) -> int:
+    """Which example row `row` of a process is: a batch holds one block of rows per process."""
+    batch, offset = divmod(row, batch_size // processes)
+    return batch * batch_size + process * (batch_size // processes) + offset
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainRows:
+    """This process's rows of endless training batches."""
+
+    examples: grain.MapDataset
+    batch_size: int
+    processes: int
+    process: int
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.processes
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.examples[_global_index(row, self.batch_size, self.processes, self.process)]
 
 
 class TrainBatches(Iterator[Batch]):
@@ -116,8 +154,10 @@ class TrainBatches(Iterator[Batch]):
     def __init__(self, split: Split, batch_size: int, seed: int, workers: int = 0):
         processes, process = jax.process_count(), jax.process_index()
         examples = grain.MapDataset.source(split).seed(seed).shuffle().repeat()
-        mine = examples[process::processes] if processes > 1 else examples
-        self._batches = mine.batch(batch_size // processes)
+        if processes > 1:
+            mine = _TrainRows(examples, batch_size, processes, process)
+            examples = grain.MapDataset.source(mine)
+        self._batches = examples.batch(batch_size // processes)
         self._workers = workers
         self._position, self._iterator = 0, None
 
@@ -221,18 +261,34 @@ def train_source(
     return TrainBatches(_Indices(len(split)), batch_size, seed), fetch
 
 
-def _pad(batch: Batch, batch_size: int) -> Batch:
-    count = len(batch["label"])
-    mask = np.ones(count, bool)
-    if "corrupt" in batch:
-        mask &= ~batch.pop("corrupt")
-    return {
-        name: np.pad(values, [(0, batch_size - count)] + [(0, 0)] * (values.ndim - 1))
-        for name, values in {**batch, "mask": mask}.items()
-    }
+@dataclasses.dataclass(frozen=True)
+class _EvalRows:
+    """This process's rows of evaluation batches: every example once, in order, then padding."""
+
+    split: Split
+    batch_size: int
+    processes: int
+    process: int
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.batch_size) * (self.batch_size // self.processes)
+
+    @functools.cached_property
+    def _padding(self) -> dict[str, Any]:
+        return {name: np.zeros_like(x) for name, x in self.split[0].items()}
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        index = _global_index(row, self.batch_size, self.processes, self.process)
+        real = index < len(self.split)
+        item = dict(self.split[index] if real else self._padding)
+        return {**item, "mask": np.bool_(real and not item.pop("corrupt", False))}
 
 
 def eval_batches(split: Split, batch_size: int) -> Sequence[Batch]:
-    """All examples once and in order; the last batch is padded with zeros and masked."""
-    batches = grain.MapDataset.source(split).batch(batch_size, drop_remainder=False)
-    return batches.map(lambda batch: _pad(batch, batch_size))
+    """All examples once and in order; the last batch is padded with zeros and masked.
+
+    Each process gets its rows of the same global batches.
+    """
+    processes = jax.process_count()
+    rows = _EvalRows(split, batch_size, processes, jax.process_index())
+    return grain.MapDataset.source(rows).batch(batch_size // processes)

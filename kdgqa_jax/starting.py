@@ -1,0 +1,193 @@
+"""What a training run starts from: new weights, or another model with what belongs to it.
+
+A model given by `config.init` brings its architecture and the preprocessing of its images. Fields
+of the config that stand at their defaults follow it; those that were set are kept: another variant,
+number of key/value heads or image size converts it, another architecture is refused.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+
+from kdgqa_jax import config as config_lib
+from kdgqa_jax import convert, layers, vit
+from kdgqa_jax import workdir as workdir_lib
+from kdgqa_jax.data import pipeline
+from kdgqa_jax.errors import UserError
+
+OF_THE_RUN = (
+    "dropout",
+    "attn_dropout",
+    "drop_path",
+    "scan_layers",
+    "remat",
+    "dtype",
+    "param_dtype",
+    "implementation",
+)
+"""Fields of `config.model` that say how to train, not what: always those of the config."""
+
+CONVERTED = ("attention", "num_kv_heads", "image_size")
+"""Fields that a model can be converted to."""
+
+ARCHITECTURE = (
+    "pool",
+    "class_token",
+    "distillation",
+    "representation_size",
+    "norm_epsilon",
+    "qkv_bias",
+)
+"""Fields that a model has once and for all, besides its size."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+      model: arguments of `vit.create`.
+      preprocessing: fields of `config.data` that belong to the model.
+      told: lines for the user.
+      variables: of the model, NumPy arrays; None: new ones.
+    """
+
+    model: dict[str, Any]
+    preprocessing: dict[str, Any]
+    told: tuple[str, ...] = ()
+    variables: dict[str, Any] | None = None
+
+    def build(self) -> vit.VisionTransformer:
+        """The model. Raises UserError for options that do not fit together."""
+        return vit.create(**self.model)
+
+
+def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) -> Start:
+    """What `config` starts from, for a data set.
+
+    Args:
+      config: the fields of `config.train_config()`.
+      num_classes: of the data set; a model for another number gets a new class head.
+      channels: of its images; a model for another number gets its patch embedding fitted.
+
+    Raises:
+      UserError: no model there, or one that does not fit the fields that were set.
+    """
+    preprocessing = {name: config.data[name] for name in pipeline.PREPROCESSING}
+    if not config.init:
+        model = {**config.model.to_dict(), "num_classes": num_classes}
+        return Start(model, preprocessing)
+    defaults = config_lib.train_config()
+    asked = {
+        name: value
+        for name, value in config.model.items()
+        if value != defaults.model[name] and name not in OF_THE_RUN
+    }
+    found = convert.load(
+        config.init,
+        num_classes=num_classes,
+        channels=channels,
+        **{name: asked[name] for name in CONVERTED if name in asked},
+    )
+    model = found.description["model"]
+    _check_architecture(config.init, model, found.model, asked)
+    followed = {
+        name: value
+        for name, value in model.items()
+        if name in config.model and name not in asked and name not in OF_THE_RUN
+        if value != config.model[name]
+    }
+    model = {
+        **model,
+        **{k: v for k, v in asked.items() if k not in ("name", *CONVERTED)},
+        **{name: config.model[name] for name in OF_THE_RUN},
+    }
+    theirs = found.description["preprocessing"]
+    for name, value in preprocessing.items():
+        if name in theirs and value == defaults.data[name] and theirs[name] != value:
+            preprocessing[name] = _plain(theirs[name])
+            if preprocessing[name] != value:
+                followed[name] = preprocessing[name]
+    layout = layers.stack_layers if model["scan_layers"] else layers.unstack_layers
+    variables = {name: layout(tree) for name, tree in found.variables.items()}
+    attention = found.model.attention
+    told = [
+        f"starting from {config.init}: {attention['attention']} with {attention['num_kv_heads']}"
+        f" key/value heads for {attention['num_heads']} query heads"
+    ]
+    told += found.report.notes
+    changed = [(n, e.how) for n, e in found.report.entries.items() if n == "pos_embed" and e.how]
+    told += [f"{name}: {'; '.join(how)}" for name, how in changed]
+    if followed:
+        told.append(f"taken over: {', '.join(f'{k} {v}' for k, v in followed.items())}")
+    return Start(model, preprocessing, tuple(told), {"norm_stats": {}, **variables})
+
+
+def _plain(statistic: Any) -> Any:
+    """The same number for each channel as one number."""
+    if isinstance(statistic, list | tuple):
+        same = len(set(statistic)) == 1
+        return float(statistic[0]) if same else tuple(statistic)
+    return statistic
+
+
+def _check_architecture(
+    init: str, model: dict[str, Any], found: vit.VisionTransformer, asked: dict[str, Any]
+) -> None:
+    """Raise UserError if fields that were set contradict the model that was found."""
+    wrong = [
+        f"{name} is {model.get(name)!r} there, {asked[name]!r} here"
+        for name in ARCHITECTURE
+        if name in asked and model.get(name, asked[name]) != asked[name]
+    ]
+    if "name" in asked and asked["name"] != model["name"]:
+        wanted = vit.create(asked["name"], image_size=found.image_size)
+        for field in ("width", "depth", "mlp_width", "patch_size"):
+            there, here = getattr(found, field), getattr(wanted, field)
+            if there != here:
+                wrong.append(f"{field} is {there} there, {here} in {asked['name']}")
+    if wrong:
+        raise UserError(
+            f"the model in {init} does not fit config.model: {'; '.join(wrong)}; leave these"
+            " fields out to take them over"
+        )
+
+
+RECORD = "start.json"
+
+
+def write(start: Start, workdir: pathlib.Path) -> None:
+    """Keep what a run started from, so that it can go on without the other model."""
+    fields = ("model", "preprocessing")
+    workdir_lib.write_json(workdir / RECORD, {name: getattr(start, name) for name in fields})
+
+
+def read(workdir: pathlib.Path) -> Start | None:
+    """What a run has started from; None: from nothing."""
+    path = workdir / RECORD
+    return Start(**workdir_lib.read_json(path)) if path.exists() else None
+
+
+def check_shapes(init: str, variables: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise UserError unless the variables have the shapes of a model's own."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves
+        }
+
+    want, have = shapes(expected), shapes(variables)
+    wrong = [
+        f"{name} ({have.get(name, 'missing')} there, {want.get(name, 'not expected')} here)"
+        for name in sorted(want.keys() | have.keys())
+        if want.get(name) != have.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise UserError(
+            f"the model in {init} does not fit config.model: {'; '.join(wrong[:4])}{more}"
+        )
