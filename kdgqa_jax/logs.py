@@ -52,12 +52,12 @@ def _plain(value: Any) -> Any:
     return np.asarray(value).tolist()
 
 
-def _finite(value: Any) -> Any:
-    """NaN and infinities, which JSON does not have, as None."""
+def valid_json(value: Any) -> Any:
+    """The same value with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(x) for key, x in value.items()}
+        return {key: valid_json(x) for key, x in value.items()}
     if isinstance(value, list):
-        return [_finite(x) for x in value]
+        return [valid_json(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -149,7 +149,7 @@ class _Files:
             rows.writerows(_scalars(record) for record in records)
 
     def write(self, record: Record) -> None:
-        record = _finite(record)
+        record = valid_json(record)
         with _told_in_a_sentence(self._jsonl), self._jsonl.open("a") as file:
             file.write(_line(record))
         scalars = _scalars(record)
