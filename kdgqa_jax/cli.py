@@ -135,6 +135,44 @@ def _predict(arguments: argparse.Namespace) -> None:
         say(line)
 
 
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import pathlib
+
+    from kdgqa_jax import evaluate, logs, predict, workdir
+    from kdgqa_jax.console import say, table
+
+    if arguments.out and not arguments.out.endswith(".json"):
+        raise UserError(f"--out {arguments.out}: results are JSON; give a name that ends in .json")
+    result, class_names = evaluate.evaluate_directory(
+        arguments.checkpoint,
+        arguments.dataset,
+        arguments.data_dir,
+        split=arguments.split,
+        shift=arguments.shift,
+        batch_size=arguments.batch_size,
+        per_class=arguments.per_class,
+        compare_names=not arguments.ignore_class_names,
+    )
+    by_class = result.pop("per_class", None)
+    say(
+        f"{arguments.dataset} {arguments.split}: top-1 {result['top1']:.2f} %, top-5"
+        f" {result['top5']:.2f} %, loss {result['loss']:.4f}, expected calibration error"
+        f" {result['calibration_error']:.2f} %, {result['count']:,} images"
+    )
+    if by_class:
+        rows = list(zip(class_names, by_class["count"], by_class["top1"], strict=True))
+        result["per_class"] = [{"class": n, "count": c, "top1": top1} for n, c, top1 in rows]
+        shown = [[n, f"{c:,}", "" if top1 is None else f"{top1:.2f}"] for n, c, top1 in rows]
+        table(("class", "images", "top-1 %"), shown, numbers=True)
+    for line in predict.describe_allocation([result["allocation"]]):
+        say(line)
+    if arguments.out:
+        about = ("checkpoint", "dataset", "split", "shift", "batch_size")
+        about = {name: getattr(arguments, name) for name in about}
+        workdir.write_json(pathlib.Path(arguments.out), logs.valid_json({**about, **result}))
+        say(f"written: {arguments.out}")
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from kdgqa_jax import analysis
     from kdgqa_jax.console import table
@@ -250,6 +288,21 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=256, help="images per batch")
 
 
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    from kdgqa_jax.data.sources import SHIFTS
+
+    _add_checkpoint(parser)
+    _add_prepare(parser)
+    parser.add_argument("--split", choices=["test", "train"], default="test", help="which images")
+    parser.add_argument("--shift", default="none", help=", ".join(SHIFTS))
+    parser.add_argument("--batch-size", type=int, default=256, help="images per batch")
+    parser.add_argument("--per-class", action="store_true", help="accuracy by class too")
+    parser.add_argument("--out", help="a .json file for the figures")
+    parser.add_argument(
+        "--ignore-class-names", action="store_true", help="classes may have other names"
+    )
+
+
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="a model directory")
 
@@ -260,13 +313,14 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "train": ("one training run of a config", _add_train, _train),
     "prepare": ("download a data set, or tell how to get it; count it", _add_prepare, _prepare),
     "convert": ("a checkpoint to a grouped variant, or back to PyTorch", _add_convert, _convert),
+    "evaluate": ("accuracy and calibration on a data set", _add_evaluate, _evaluate),
     "predict": ("logits or top classes of images", _add_predict, _predict),
     "inspect": ("what a model directory holds", _add_checkpoint, _inspect),
     "bench": ("what training steps and conversions cost on this machine", _add_bench, _bench),
 }
 """Command: (what it does, adds its flags, runs it)."""
 
-_WITHOUT_CONFIG = ("prepare", "convert", "predict", "inspect")
+_WITHOUT_CONFIG = ("prepare", "convert", "evaluate", "predict", "inspect")
 
 
 class _Help(argparse.HelpFormatter):
