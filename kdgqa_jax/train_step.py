@@ -48,16 +48,20 @@ def init_state(variables: Tree, config: ml_collections.ConfigDict, rng: Array) -
       config: the fields of `config.train_config()`.
       rng: a key.
     """
-    params, zero = variables["params"], jnp.zeros((), jnp.int32)
+    params = variables["params"]
+
+    def zero() -> Array:  # one buffer each: a step donates them
+        return jnp.zeros((), jnp.int32)
+
     return TrainState(
-        step=zero,
+        step=zero(),
         params=params,
         norm_stats=variables.get("norm_stats", {}),
         opt_state=optim.make_optimizer(config.optim, 1).init(params),
         ema=jax.tree.map(jnp.copy, params) if config.ema_decay else {},
         rng=jax.random.key_data(rng),
-        skipped=zero,
-        first_skipped=zero,
+        skipped=zero(),
+        first_skipped=zero(),
     )
 
 

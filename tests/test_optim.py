@@ -272,10 +272,11 @@ def test_abstract_and_sharded_parameters(tmp_path):
     state = jax.jit(optimizer.init, out_shardings=split)(params)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, shapes)
     _, state = jax.jit(optimizer.update)(params, state, params)
-    checkpoints = checkpoint.StateCheckpoints(tmp_path)
-    checkpoints.save(1, state, {})
-    checkpoints.close()
-    restored, _ = checkpoint.StateCheckpoints(tmp_path).restore(checkpoint.abstract(shapes, split))
+    with checkpoint.StateCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+    like = checkpoint.abstract(shapes, jax.tree.map(lambda _: split, shapes))
+    with checkpoint.StateCheckpoints(tmp_path) as checkpoints:
+        restored, _ = checkpoints.restore(like)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 

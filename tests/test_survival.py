@@ -1,0 +1,327 @@
+"""Training through the command line survives kills, preemption, bad data and bad disks."""
+
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdgqa_jax import checkpoint, config, logs, train
+from kdgqa_jax.errors import UserError
+
+CONFIG = """
+from kdgqa_jax.config import parse_arg, train_config
+
+
+def get_config(arg=""):
+    arg = parse_arg(arg, steps=30, every=4)
+    config = train_config()
+    config.model.name, config.model.image_size = "mu/4", 8
+    config.model.attention, config.model.window = "dgqa_ema", 4
+    config.model.scan_layers, config.model.drop_path = True, 0.1
+    config.data.augment.rand_augment_ops = 0
+    config.data.augment.flip, config.data.augment.pad_crop = True, 1
+    config.data.augment.mixup, config.ema_decay = 0.2, 0.9
+    config.optim.learning_rate = 5e-5
+    config.batch_size, config.eval_batch_size = 32, 64
+    config.epochs, config.eval_every_epochs = arg.steps * 32 / 1437, 0.0
+    config.checkpoint_every, config.log_every = arg.every, 1
+    return config
+"""
+TIMES = ("images_per_second", "step_seconds", "data_seconds")
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "run.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def start(config_file, workdir, *flags, arg="", devices=1, **options):
+    """`kdgqa train` in a process of its own."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    name = f"{config_file}:{arg}" if arg else f"{config_file}"
+    command = [sys.executable, "-m", "kdgqa_jax.cli", "train", "--config", name]
+    return subprocess.Popen(
+        [*command, "--workdir", str(workdir), *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def steps_done(workdir):
+    """Updates that are in the metrics by now."""
+    try:
+        return (workdir / "metrics.jsonl").read_text().count('"split": "train"')
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for_step(process, workdir, step):
+    while steps_done(workdir) < step:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+
+
+def records(workdir):
+    return [
+        {k: v for k, v in r.items() if k not in TIMES}
+        for r in logs.read_metrics(pathlib.Path(workdir))
+    ]
+
+
+def assert_same_run(workdir, other):
+    for name in ("params", "norm_stats"):
+        trees = [checkpoint.load_model(w / "model")[1][name] for w in (workdir, other)]
+        flat = [train.jax.tree_util.tree_leaves_with_path(tree) for tree in trees]
+        for (path, a), (_, b) in zip(*flat, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=str(path))
+    assert records(workdir) == records(other)
+
+
+# --- exactly the same run -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(config_file, tmp_path_factory):
+    """The workdir of 30 steps in one go."""
+    workdir = tmp_path_factory.mktemp("whole")
+    finish(start(config_file, workdir))
+    return workdir
+
+
+@pytest.mark.slow
+def test_five_kills_change_no_bit(config_file, whole, tmp_path):
+    moments = random.Random(0)
+    for step in sorted(moments.sample(range(1, 29), 5)):
+        process = start(config_file, tmp_path)
+        wait_for_step(process, tmp_path, step)
+        time.sleep(moments.uniform(0.0, 0.05))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert not (tmp_path / "result.json").exists()
+    finish(start(config_file, tmp_path))
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_three_preemptions_change_no_bit(config_file, whole, tmp_path):
+    """SIGTERM saves the step that is being done and ends with status 143."""
+    for step in (2, 11, 21):
+        process = start(config_file, tmp_path)
+        wait_for_step(process, tmp_path, step)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 143
+        assert "stopped as asked" in err and "Traceback" not in err
+        saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+        assert saved == steps_done(tmp_path)
+    out = finish(start(config_file, tmp_path))
+    assert f"going on from step {saved} of 30" in out
+    assert_same_run(tmp_path, whole)
+
+
+# --- damaged checkpoints ------------------------------------------------------------------------
+
+
+def unfinished(whole, place):
+    """A copy of the run as it was when its last checkpoint had been written, and no more."""
+    shutil.copytree(whole, place)
+    (place / "result.json").unlink()
+    shutil.rmtree(place / "model")
+    return place
+
+
+def load(config_file, **changes):
+    settings = config.load_config(str(config_file))
+    settings.update_from_flattened_dict(changes)
+    return settings
+
+
+def data_file(step_folder):
+    """The largest file of a checkpoint, which holds the arrays."""
+    return max((p for p in step_folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [cut, pathlib.Path.unlink, flip_a_bit])
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
+    config_file, whole, tmp_path, capfd, damage
+):
+    workdir = unfinished(whole, tmp_path / "run")
+    damage(data_file(workdir / "checkpoints" / "30"))
+    train.train_and_evaluate(load(config_file), workdir)
+    out, err = capfd.readouterr()
+    assert f"checkpoint of step 30 in {workdir / 'checkpoints'} is damaged" in out
+    assert "going on from step 28 of 30" in out
+    assert "Traceback" not in err
+    assert (workdir / "damaged_checkpoint_30").is_dir()
+    assert_same_run(workdir, whole)
+
+
+def test_when_no_checkpoint_can_be_read_nothing_starts_anew(config_file, whole, tmp_path):
+    workdir = unfinished(whole, tmp_path / "run")
+    for folder in (workdir / "checkpoints").iterdir():
+        cut(data_file(folder))
+    with pytest.raises(UserError, match="no checkpoint in .* can be read; delete that folder"):
+        train.train_and_evaluate(load(config_file), workdir)
+
+
+def test_a_disk_that_is_full_is_told_and_older_checkpoints_stay(config_file, whole, tmp_path):
+    """A limit on the size of files, which the metrics stay below and a checkpoint does not."""
+    workdir = unfinished(whole, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "30")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    process = start(config_file, workdir, preexec_fn=limit)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("kdgqa train: ") and "cannot be written (" in last
+    assert "Traceback" not in last
+    assert not (workdir / "result.json").exists()
+    finish(start(config_file, workdir))
+    assert_same_run(workdir, whole)
+
+
+# --- bad data -----------------------------------------------------------------------------------
+
+
+def test_an_image_that_cannot_be_read_stops_the_run_and_keeps_what_is_saved(config_file, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
+    for split in ("train", "val"):
+        for i, pixels in enumerate(pictures):
+            path = tmp_path / "data" / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    settings = load(
+        config_file,
+        **{"data.name": f"folder:{tmp_path / 'data'}", "batch_size": 1, "eval_batch_size": 1,
+           "epochs": 2.0, "checkpoint_every": 1},
+    )  # fmt: skip
+    read = train.pipeline.TrainBatches.__next__
+
+    def read_until_the_file_breaks(self):
+        if self.get_state()["batches"] == 4:
+            self.set_state(self.get_state())  # forget what was read ahead
+            for path in (tmp_path / "data" / "train").rglob("*.png"):
+                path.write_bytes(path.read_bytes()[:40])
+        return read(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.pipeline.TrainBatches, "__next__", read_until_the_file_breaks)
+        with pytest.raises(UserError, match=r"\.png: not an image that can be read"):
+            train.train_and_evaluate(settings, tmp_path / "run")
+    assert max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == 4
+
+
+def test_numbers_that_are_not_finite_stop_the_run(config_file, tmp_path):
+    settings = load(config_file, **{"optim.learning_rate": 1e30, "epochs": 12 * 32 / 1437})
+    with pytest.raises(UserError) as error:
+        train.train_and_evaluate(settings, tmp_path)
+    text = str(error.value)
+    assert "loss or gradients of step" in text and "on_nonfinite=skip" in text
+    assert "\n" not in text and "learning rate 1e+30" in text
+    assert not (tmp_path / "result.json").exists() and not (tmp_path / "model").exists()
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+def start_two(config_file, workdir, *flags, arg):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start(
+            config_file,
+            workdir,
+            "--multihost",
+            "--coordinator",
+            f"127.0.0.1:{port}",
+            "--num-processes",
+            "2",
+            "--process-id",
+            str(i),
+            *flags,
+            arg=arg,
+            devices=4,
+        )  # fmt: skip
+        for i in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(config_file, tmp_path):
+    """Data parallel in one go; FSDP with one of them killed and both started again."""
+    arg, fsdp = "steps=10,every=2", "--config.mesh.fsdp=8"
+    finish(start(config_file, tmp_path / "one", arg=arg))
+    for process in start_two(config_file, tmp_path / "data", arg=arg):
+        finish(process)
+
+    first, second = start_two(config_file, tmp_path / "fsdp", fsdp, arg=arg)
+    wait_for_step(first, tmp_path / "fsdp", 5)
+    os.killpg(second.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = first.communicate(timeout=90)
+    assert time.monotonic() - killed < 60
+    assert first.returncode == 1
+    assert "of this run has ended" in err and "start all of them again" in err
+    second.communicate()
+    out = finish_both(start_two(config_file, tmp_path / "fsdp", fsdp, arg=arg))
+    assert "going on from step" in out
+
+    _, one, _ = checkpoint.load_model(tmp_path / "one" / "model")
+    for name in ("data", "fsdp"):
+        _, two, _ = checkpoint.load_model(tmp_path / name / "model")
+        train.jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
+        pairs = list(zip(records(tmp_path / "one"), records(tmp_path / name), strict=True))
+        assert all(a["allocation"] == b["allocation"] for a, b in pairs)
+        assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in pairs)
+    # Another number of devices and another mesh restore it.
+    shutil.rmtree(tmp_path / "fsdp" / "model")
+    before = json.loads((tmp_path / "fsdp" / "result.json").read_text())
+    (tmp_path / "fsdp" / "result.json").unlink()
+    finish(start(config_file, tmp_path / "fsdp", arg=arg))
+    after = json.loads((tmp_path / "fsdp" / "result.json").read_text())
+    assert after["loss"] == pytest.approx(before["loss"], abs=1e-6)
+
+
+def finish_both(processes):
+    return "".join([finish(process) for process in processes])
