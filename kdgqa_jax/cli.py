@@ -34,6 +34,10 @@ def _train(arguments: argparse.Namespace) -> None:
     _join(arguments)
     settings = config.override(config.load_config(arguments.config), arguments.overrides)
     result = train.train_and_evaluate(settings, arguments.workdir)
+    if arguments.multihost:
+        from kdgqa_jax import processes
+
+        processes.part()
     say(
         f"test top-1 {result['top1']:.2f} % (best {result['best_top1']:.2f} %), top-5"
         f" {result['top5']:.2f} %, loss {result['loss']:.4f}; model in {arguments.workdir}/model"

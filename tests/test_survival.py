@@ -197,7 +197,7 @@ def test_when_no_checkpoint_can_be_read_nothing_starts_anew(config_file, whole, 
     workdir = unfinished(whole, tmp_path / "run")
     for folder in (workdir / "checkpoints").iterdir():
         cut(data_file(folder))
-    with pytest.raises(UserError, match="no checkpoint in .* can be read; delete that folder"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read; delete that folder"):
         train.train_and_evaluate(load(config_file), workdir)
 
 
@@ -282,7 +282,7 @@ def start_two(config_file, workdir, *flags, arg):
             *flags,
             arg=arg,
             devices=4,
-        )  # fmt: skip
+        )
         for i in range(2)
     ]
 

@@ -25,6 +25,7 @@ Batch = dict[str, np.ndarray]
 Split = Sequence[dict[str, Any]]
 
 ON_DEVICE_LIMIT = 8 * 2**30  # bytes
+EPOCHS = 10**6  # as good as endless; grain's own endless datasets overflow in batches of one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ class TrainBatches(Iterator[Batch]):
 
     def __init__(self, split: Split, batch_size: int, seed: int, workers: int = 0):
         processes, process = jax.process_count(), jax.process_index()
-        examples = grain.MapDataset.source(split).seed(seed).shuffle().repeat()
+        examples = grain.MapDataset.source(split).seed(seed).shuffle().repeat(EPOCHS)
         if processes > 1:
             mine = _TrainRows(examples, batch_size, processes, process)
             examples = grain.MapDataset.source(mine)
