@@ -46,7 +46,8 @@ def train_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 42,
-            # A model that the run starts from, whatever `convert.load` reads; "": new weights.
+            # A model that the run starts from, whatever `convert.load` reads; "": new weights;
+            # None: a config that needs one, and is not run without.
             "init": "",
             "model": _model_config(),
             "data": {
@@ -122,9 +123,10 @@ def study_config() -> ConfigDict:
 
 
 def config_names() -> list[str]:
-    """Names of the configs that come with the package."""
+    """Names of the configs that come with the package; what begins with _ is shared by them."""
     package = importlib.import_module("kdgqa_jax.configs")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    names = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def load_config(name: str) -> ConfigDict:

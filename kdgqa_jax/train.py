@@ -46,6 +46,11 @@ def check(config: Config) -> jax.sharding.Mesh:
             "this config is one of a study, with several runs: kdgqa study --config ..."
         )
     config_lib.check_fields(config, config_lib.train_config())
+    if config.init is None:
+        raise UserError(
+            "config field init is not set: give the model that this config starts from,"
+            " --config.init=DIR (an empty one begins with new weights)"
+        )
     mesh = sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
     positive = ("epochs", "checkpoint_every", "keep_checkpoints", "log_every", "accumulate")
     for name in (*positive, "eval_every_epochs"):

@@ -1,0 +1,205 @@
+"""The configs of the paper's jobs: complete, checked, and their full-size training steps traced."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from helpers import DGQA, VARIANTS
+
+from kdgqa_jax import bench, cli, config, layers, starting, train, vit
+from kdgqa_jax.configs import _recipes
+from kdgqa_jax.data import augment, sources
+from kdgqa_jax.errors import UserError
+
+MODELS = {  # parameters at 1000 classes as timm counts them, D, L, N
+    "S/16": (22_050_664, 384, 12, 6),
+    "B/16": (86_567_656, 768, 12, 12),
+    "L/16": (304_326_632, 1024, 24, 16),
+}
+FINETUNED = {"cifar10": 10, "cifar100": 100, "food101": 101, "tiny_imagenet": 200}
+JOBS = {  # classes
+    "uptrain": 1000,
+    **{f"finetune:dataset={name}": classes for name, classes in FINETUNED.items()},
+    "pretrain": 1000,
+}
+
+
+def config_name(job, recipe, model, attention):
+    return f"{job}{',' if ':' in job else ':'}model={model},attention={attention},recipe={recipe}"
+
+
+def load(name):
+    settings = config.load_config(name)
+    if settings.init is None:
+        settings.init = "converted"
+    return settings
+
+
+def count(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("recipe", _recipes.RECIPES)
+@pytest.mark.parametrize("job", JOBS)
+def test_every_config_can_be_run(job, recipe):
+    for model, attention in itertools.product(MODELS, VARIANTS):
+        settings = load(config_name(job, recipe, model, attention))
+        config.check_fields(settings, config.train_config())
+        train.check(settings)
+        built = starting.build_model(settings, JOBS[job])
+        _, width, depth, heads = MODELS[model]
+        assert (built.width, built.depth, built.image_shape) == (width, depth, (224, 224))
+        assert built.attention["attention"] == attention and built.scan_layers
+        assert built.attention["num_heads"] == heads
+        assert built.attention["num_kv_heads"] == (heads if attention == "mha" else heads // 2)
+        assert sources.SOURCES[settings.data.name].num_classes == JOBS[job]
+        steps = settings.epochs * _recipes.DATA[settings.data.name].images / settings.batch_size
+        assert settings.optim.warmup_steps < 0.1 * steps
+
+
+# What happens to images is the same for all models: its largest part is traced once per batch size.
+traced_once = jax.jit(augment.rand_augment, static_argnums=(2, 3))
+
+
+def cells():
+    """Every model x variant x recipe, each with one of the jobs: all of them come up in turn."""
+    jobs = list(JOBS)
+    for r, recipe in enumerate(_recipes.RECIPES):
+        for (m, model), (a, attention) in itertools.product(enumerate(MODELS), enumerate(VARIANTS)):
+            yield jobs[(r + m + a) % len(jobs)], recipe, model, attention
+
+
+def test_every_job_with_every_recipe_and_model_is_among_the_cells():
+    seen = {cell[:3] for cell in cells()}
+    assert seen == set(itertools.product(JOBS, _recipes.RECIPES, MODELS))
+
+
+@pytest.mark.parametrize(("job", "recipe", "model", "attention"), list(cells()))
+def test_full_size_training_step_is_built_abstractly(monkeypatch, job, recipe, model, attention):
+    monkeypatch.setattr(augment, "rand_augment", traced_once)
+    settings, classes = load(config_name(job, recipe, model, attention)), JOBS[job]
+    step, state, batch = bench.abstract_train_step(settings, classes)
+    new_state, metrics = jax.eval_shape(step, state, batch)
+
+    def kind(x):
+        return x.shape, x.dtype
+
+    assert jax.tree.map(kind, new_state) == jax.tree.map(kind, state)
+    whole, width, depth, heads = MODELS[model]
+    kv_heads = heads if attention == "mha" else heads // 2
+    head_width = width // heads
+    of_kv_head = 2 * depth * (width + 1) * head_width  # keys and values, kernels and biases
+    expected = whole - (1000 - classes) * (width + 1) - (heads - kv_heads) * of_kv_head
+    num_params, num_kv_params = layers.count_parameters(state.params)
+    assert num_params == count(state.params) == expected
+    assert num_kv_params == kv_heads * of_kv_head
+    assert state.params["head"]["bias"].shape == (classes,)
+    assert metrics["loss"].shape == () and metrics["allocation"].shape == (depth, kv_heads)
+    assert bool(state.norm_stats) == (attention in DGQA)
+    assert count(state.ema) == (num_params if recipe == "modern" else 0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_pretrained_models_have_the_known_number_of_parameters(model):
+    settings = load(f"pretrain:model={model}")
+    assert settings.model.attention == "mha"
+    built = starting.build_model(settings, 1000)
+    shapes = jax.eval_shape(lambda: vit.init_variables(built, jax.random.key(0)))
+    assert count(shapes["params"]) == MODELS[model][0]
+
+
+@pytest.mark.parametrize(("kv", "kept"), [(1, 1 / 6), (2, 1 / 3), (3, 1 / 2), (6, 1.0)])
+def test_fewer_key_value_heads_have_fewer_parameters(kv, kept):
+    built = starting.build_model(load(f"uptrain:model=S/16,attention=gqa,kv={kv}"), 1000)
+    shapes = jax.eval_shape(lambda: vit.init_variables(built, jax.random.key(0)))
+    all_heads = 2 * 12 * (384 + 1) * 384
+    assert layers.count_parameters(shapes["params"])[1] == pytest.approx(kept * all_heads)
+
+
+def test_published_recipe_is_that_of_the_paper():
+    for name, epochs, best in (("uptrain", 1, ""), ("finetune", 5, "top1")):
+        settings = load(f"{name}:attention=dgqa_ema")
+        optim, data = settings.optim, settings.data
+        assert (settings.epochs, settings.keep_best, settings.batch_size) == (epochs, best, 32)
+        assert (optim.learning_rate, optim.schedule, optim.warmup_steps) == (1e-5, "constant", 0)
+        assert (optim.weight_decay, optim.weight_decay_exclude) == (0.01, "none")
+        assert (optim.beta1, optim.beta2, optim.eps, optim.clip_norm) == (0.9, 0.999, 1e-8, 0.0)
+        assert optim.layer_decay == 1.0 and settings.ema_decay == 0.0 and settings.accumulate == 1
+        assert (data.resize, data.mean, data.std) == ("squash", 0.5, 0.5)
+        assert (data.augment.rand_augment_ops, data.augment.rand_augment_magnitude) == (2, 9)
+        rest = ("flip", "pad_crop", "erase", "mixup", "cutmix", "label_smoothing")
+        assert not any(data.augment[field] for field in rest) and data.augment.resized_crop == 1.0
+        assert settings.model.dtype == "float32" and settings.model.drop_path == 0.0
+        assert settings.model.window == 300 and settings.seed == 42
+    assert load("uptrain").data.name == "imagenet2012"
+
+
+@pytest.mark.parametrize("name", ["uptrain", "finetune"])
+def test_modern_recipe_scales_the_published_learning_rate(name):
+    settings = load(f"{name}:recipe=modern")
+    assert settings.optim.learning_rate == pytest.approx(1e-5 * settings.batch_size / 32)
+
+
+def test_batches_are_accumulated_where_they_are_large_for_the_model():
+    parts = {m: load(f"uptrain:model={m},recipe=modern").accumulate for m in ("S/16", "B/16")}
+    assert parts == {"S/16": 1, "B/16": 2}
+    assert load("uptrain:model=L/16,recipe=modern").accumulate == 4
+    assert load("finetune:model=L/16,recipe=modern").accumulate == 1
+
+
+def test_images_are_mirrored_where_that_changes_nothing():
+    assert load("finetune:dataset=cifar10,recipe=modern").data.augment.flip
+    assert not load("finetune:dataset=mnist,recipe=modern").data.augment.flip
+
+
+def test_data_sets_are_those_that_can_be_read():
+    assert set(_recipes.DATA) <= set(sources.SOURCES)
+    assert len(sources.load("digits").train) == _recipes.DATA["digits"].images
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("finetune:dataset=cifar", "unknown data set 'cifar': did you mean 'cifar10'?"),
+        ("uptrain:recipe=moderne", "unknown recipe 'moderne': did you mean 'modern'?"),
+        ("pretrain:model=X/16", "unknown model 'X/16': valid: mu/PATCH"),
+        ("uptrain:attention=dgqa_em", "unknown attention variant 'dgqa_em': did you mean 'dgqa_e"),
+        ("testing:attention=kgqa", "unknown attention variant 'kgqa': did you mean 'kdgqa'?"),
+        ("uptrain:attention=gqa,kv=4", "num_kv_heads=4 does not divide the 6 query heads"),
+        ("uptrain:kv=many", "config argument 'kv=many' must be a int"),
+        ("uptrain:atention=gqa", "unknown config argument 'atention': did you mean 'attention'?"),
+        ("_recipes", "unknown config '_recipes'"),
+        ("uptrain", "config field init is not set"),
+        ("finetune", "config field init is not set"),
+    ],
+)
+def test_a_mistake_is_one_sentence(capsys, tmp_path, name, says):
+    assert cli.main(["train", "--config", name, "--workdir", str(tmp_path / "run")]) == 1
+    shown = capsys.readouterr().err
+    assert says in shown and shown.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_config_starts_from_is_given_on_the_command_line():
+    settings = config.override(config.load_config("uptrain"), ["--config.init=converted"])
+    assert settings.init == "converted"
+    train.check(settings)
+    settings.init = ""  # new weights, asked for
+    train.check(settings)
+
+
+@pytest.mark.slow
+def test_testing_config_learns_in_seconds(tmp_path):
+    settings = config.load_config("testing:attention=dgqa_ema,kv=2")
+    result = train.train_and_evaluate(settings, tmp_path)
+    assert result["steps"] == 90 and result["top1"] > 50.0
+    assert np.shape(result["allocation"]) == (4, 2)
+
+
+def test_names_that_begin_with_an_underscore_are_no_configs():
+    names = config.config_names()
+    assert {"demo", "finetune", "pretrain", "testing", "uptrain"} <= set(names)
+    assert not any(name.startswith("_") for name in names)
+    with pytest.raises(UserError, match="unknown config"):
+        config.load_config("_recipes")
