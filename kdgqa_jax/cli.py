@@ -16,7 +16,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     for stage in (settings.pretrain, settings.uptrain, settings.finetune):
         stage.data.data_dir = arguments.data_dir
     settings.seeds, settings.seed = arguments.seeds, arguments.seed
-    settings.variants = tuple(arguments.variants.split(","))
+    if arguments.variants:
+        settings.variants = tuple(arguments.variants.split(","))
     study.run_study(config.override(settings, arguments.overrides), arguments.workdir)
 
 
@@ -156,15 +157,13 @@ _OVERRIDES = "any other field of the config: --config.FIELD=VALUE"
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    from kdgqa_jax.attention import VARIANTS
-
     _add_workdir(parser)
     parser.add_argument("--dataset", default="digits", help="digits or fashion_mnist")
     parser.add_argument("--data-dir", default="", help="where the files of fashion_mnist lie")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
     parser.add_argument("--seed", type=int, default=42, help="the first seed")
     parser.add_argument(
-        "--variants", default=",".join(VARIANTS), help="attention variants, with commas"
+        "--variants", help="with commas, VARIANT or VARIANT@RULE; none: all, and gqa@svd"
     )
 
 

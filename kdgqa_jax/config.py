@@ -84,14 +84,18 @@ def study_config() -> ConfigDict:
     """All fields of a study: the protocol over variants and seeds."""
     return ConfigDict(
         {
+            # Entries of the table, VARIANT or VARIANT@RULE: see entry.py.
             "variants": ("mha", "gqa", "kdgqa", "dgqa_ema", "dgqa_diff", "pgqa"),
             "num_kv_heads": config_dict.placeholder(int),  # None: half the query heads
-            "pooling": "mean",  # of key/value heads, a name in convert.POOLING
+            "pooling": "mean",  # the rule of variants without one
+            "calibration_images": 512,  # the first ones that uptraining trains on
+            # Lengths of uptraining in steps, a run for each; (): uptrain.epochs.
+            "uptrain_steps": (),
             "seed": 42,  # of the first run; the others count up from it
             "seeds": 1,  # how many
             "pretrain": train_config(),
             "uptrain": train_config(),
-            "finetune": train_config(),
+            "finetune": train_config(),  # epochs=0: without fine-tuning
         }
     )
 

@@ -60,6 +60,7 @@ def group_heads(
     *,
     seed: int = 0,
     images: np.ndarray | None = None,
+    merge_by_data: bool = True,
     refit: bool = False,
 ) -> Grouped:
     """Parameters for a model with fewer key/value heads.
@@ -70,8 +71,8 @@ def group_heads(
       after: the model that is wanted; it differs in its attention alone.
       pooling: a name in `POOLING` or `MERGING`.
       seed: of random pooling.
-      images: (n, height, width, channels) float32, normalised, to merge and refit by; None: merging
-        goes by weights and norm scales alone.
+      images: (n, height, width, channels) float32, normalised, to merge and refit by.
+      merge_by_data: False, or no images: merging goes by weights and norm scales alone.
       refit: `refit_outputs` afterwards.
 
     Raises:
@@ -81,7 +82,8 @@ def group_heads(
     have, want = before.attention["num_kv_heads"], after.attention["num_kv_heads"]
     grouped = Grouped(variables["params"])
     if have != want and pooling in MERGING:
-        _merge(grouped, before, variables, after, pooling, images)
+        by = images if merge_by_data else None
+        _merge(grouped, before, variables, after, pooling, by)
     elif have != want:
         grouped.params = to_grouped(grouped.params, want, pooling, seed)
         grouped.how = dict.fromkeys(("key", "value"), f"pooled {have} to {want} heads ({pooling})")
