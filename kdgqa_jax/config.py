@@ -95,7 +95,7 @@ def study_config() -> ConfigDict:
             "seeds": 1,  # how many
             "pretrain": train_config(),
             "uptrain": train_config(),
-            "finetune": train_config(),  # epochs=0: without fine-tuning
+            "finetune": train_config(),  # this and uptrain: epochs=0 leaves the stage out
         }
     )
 
@@ -159,7 +159,7 @@ def _parse(field: str, text: str, kind: type) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        return tuple(text.split(",")) if kind is tuple else kind(text)
+        return tuple(filter(None, text.split(","))) if kind is tuple else kind(text)
     except (ValueError, KeyError):
         expected = "true or false" if kind is bool else f"of type {kind.__name__}"
         raise UserError(f"config field {field}={text!r} must be {expected}") from None

@@ -75,7 +75,7 @@ def _check(config: Config) -> None:
 def _uptrain_stages(study: Config, images: int) -> list[tuple[str, float]]:
     """(stage, epochs) of every length of uptraining, for a training split of so many images."""
     if not study.uptrain_steps:
-        return [("uptrained", study.uptrain.epochs)]
+        return [("uptrained", study.uptrain.epochs)] if study.uptrain.epochs else []
     try:
         steps = [int(n) for n in study.uptrain_steps]
     except ValueError:
@@ -230,11 +230,11 @@ def _histories(config: Config, workdir: pathlib.Path) -> dict[str, report.Histor
     """Per entry, of the first seed: what training has logged, by stage."""
     folder = workdir / f"seed{config.seed}"
     histories = {}
-    last, _ = _uptrain_stages(config, images=1)[-1]
+    uptrained = [stage for stage, _ in _uptrain_stages(config, images=1)]
     for entry in parse_entries(config.variants, config.pooling):
         stages = {
             stage: train.read_metrics(folder / entry.folder / stage.replace(" ", "_"))
-            for stage in (last, "finetuned")
+            for stage in (*uptrained[-1:], "finetuned")
         }
         histories[entry.name] = {
             stage: [r for r in records if r["split"] == "train"]

@@ -16,7 +16,7 @@ from kdgqa_jax import config, report, study
 from kdgqa_jax.errors import UserError
 
 FIELDS = {
-    "variant", "seed", "stage", "top1", "top5", "loss", "num_params", "num_kv_params", "num_heads",
+    "entry", "variant", "rule", "seed", "stage", "top1", "top5", "loss", "num_params", "num_kv_params", "num_heads",
     "num_kv_heads", "steps", "seconds", "allocation", "idle_kv_heads", "config", "versions",
     "device",
 }  # fmt: skip
@@ -52,10 +52,14 @@ def workdir(tmp_path_factory):
 @pytest.mark.slow
 def test_records(workdir):
     records = json.loads((workdir / "report" / "results.json").read_text())
-    stages = [(r["variant"], r["stage"]) for r in records]
+    stages = [(r["variant"], r["rule"], r["stage"]) for r in records]
     assert stages == [
-        ("mha", "pretrained"),
-        *((variant, stage) for variant in ("gqa", "kdgqa") for stage in report.AFTER_CONVERSION),
+        ("mha", "", "pretrained"),
+        *(
+            (variant, "mean", stage)
+            for variant in ("gqa", "kdgqa")
+            for stage in ("converted", "uptrained", "finetuned")
+        ),
     ]
     for record in records:
         assert set(record) >= FIELDS
@@ -117,6 +121,35 @@ def test_killed_demo_goes_on_and_ends_with_the_same_figures(workdir, tmp_path):
     assert figures(tmp_path) == figures(workdir)
 
 
+@pytest.mark.slow
+def test_rules_of_conversion_and_lengths_of_uptraining(tmp_path):
+    """Two seeds that were pretrained for a step; converted twice, uptrained for 1 and 2 steps."""
+    settings = tiny_study(
+        variants=("gqa", "gqa@svd+refit"), seeds=2, calibration_images=16, uptrain_steps=("1", "2")
+    )
+    for stage, epochs in (("pretrain", 0.05), ("finetune", 0.0)):
+        settings[stage].epochs = epochs
+    records = study.run_study(settings, tmp_path)
+    stages = ("converted", "uptrained 1", "uptrained 2")
+    assert [(r["entry"], r["rule"], r["stage"], r["steps"]) for r in records[1:7]] == [
+        (entry, rule, stage, steps)
+        for entry, rule in (("gqa", "mean"), ("gqa (svd+refit)", "svd+refit"))
+        for steps, stage in enumerate(stages)
+    ]
+    model = json.loads((tmp_path / "seed42/gqa@svd+refit/converted/model/model.json").read_text())
+    notes = " ".join(model["converted"]["notes"])
+    assert "calibrated with 16 images" in notes and "refitted with 16 images" in notes
+    table = (tmp_path / "report" / "results.md").read_text()
+    assert "| gqa (svd+refit) | 8 | 4 |" in table and "paired by seed" in table
+    mean, interval = report.paired_difference(records, "gqa (svd+refit)", "gqa", "uptrained 2")
+    top1 = {(r["entry"], r["seed"]): r["top1"] for r in records if r["stage"] == "uptrained 2"}
+    pairs = [top1["gqa (svd+refit)", seed] - top1["gqa", seed] for seed in (42, 43)]
+    assert mean == pytest.approx(np.mean(pairs))
+    # t(0.975, 1) = 12.706
+    assert interval == pytest.approx(12.7062 * abs(pairs[0] - pairs[1]) / 2, rel=1e-4)
+    assert f"{mean:+.2f}" in table
+
+
 def test_interval_is_students():
     mean, interval = report.mean_and_interval([1.0, 2.0, 3.0])
     assert mean == 2.0
@@ -130,6 +163,13 @@ def test_interval_is_students():
         ({"variants": ("gqa", "kdqga")}, "unknown attention variant 'kdqga': did you mean 'kdgqa'"),
         ({"variants": ("mha", "mhsa")}, "names one of them twice"),
         ({"pooling": "avg"}, "unknown pooling 'avg'"),
+        ({"variants": ("gqa@svf",)}, "unknown pooling 'svf': did you mean 'svd'"),
+        ({"variants": ("gqa@svd+fre",)}, "option of the rule 'svd.fre' 'fre': did you mean 'free'"),
+        ({"variants": ("gqa@mean+free",)}, "mean never takes data"),
+        ({"variants": ("mha@svd",)}, "mha keeps all heads; leave '@svd' out"),
+        ({"variants": ("gqa", "gqa@mean")}, "names one of them twice"),
+        ({"calibration_images": 0}, "calibration_images=0 must be at least 1"),
+        ({"uptrain_steps": ("50", "many")}, "must be different numbers of steps"),
         ({"num_kv_heads": 3}, "does not divide the 8 query heads"),
         ({"seeds": 0}, "must not be empty"),
     ],
