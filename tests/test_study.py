@@ -16,9 +16,9 @@ from kdgqa_jax import config, report, study
 from kdgqa_jax.errors import UserError
 
 FIELDS = {
-    "entry", "variant", "rule", "seed", "stage", "top1", "top5", "loss", "num_params", "num_kv_params", "num_heads",
-    "num_kv_heads", "steps", "seconds", "allocation", "idle_kv_heads", "config", "versions",
-    "device",
+    "entry", "variant", "rule", "seed", "stage", "top1", "top5", "loss", "num_params",
+    "num_kv_params", "num_heads", "num_kv_heads", "steps", "seconds", "allocation",
+    "idle_kv_heads", "config", "versions", "device",
 }  # fmt: skip
 OVERRIDES = [
     *(f"--config.{stage}.epochs=0.2" for stage in ("pretrain", "uptrain", "finetune")),
