@@ -318,11 +318,9 @@ def test_suggestions_are_the_smallest_numbers_that_keep_the_share(source, mha, c
         fewest = min(k for k, kept in shares.items() if min(kept) >= 0.75)
         assert row[:2] == (str(i), str(fewest))
         assert row[2:] == tuple(f"{100 * kept:.2f}" for kept in shares[fewest])
-    assert cli.main(["inspect", "--checkpoint", str(source), "--suggest-kv-heads", "1"]) == 0
-    assert "with 6 of 6 key/value heads" in capsys.readouterr().out
     command = ["inspect", "--checkpoint", str(source), "--calibration", "digits"]
-    assert cli.main([*command, "--calibration-images", "8", "--suggest-kv-heads", "0.5"]) == 0
-    assert "on 8 images" in capsys.readouterr().out
+    assert cli.main([*command, "--calibration-images", "8", "--suggest-kv-heads", "1"]) == 0
+    assert "keeps 1 with 6 of 6 key/value heads, on 8 images" in capsys.readouterr().out
     for wrong in ([*command], [*command, "--suggest-kv-heads", "1.5"]):
         assert cli.main(wrong) == 1
     shown = capsys.readouterr().err
