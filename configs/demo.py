@@ -24,6 +24,9 @@ PLANS = {
 allocation in each of those, at the start and half-way, so that weights have time to follow."""
 
 
+ENTRIES = ("mha", "gqa", "gqa@svd", "kdgqa", "dgqa_ema", "dgqa_diff", "pgqa")
+
+
 def get_config(arg=""):
     """The study of one of `PLANS`."""
     arg = parse_arg(arg, dataset="digits")
@@ -31,6 +34,7 @@ def get_config(arg=""):
         raise unknown("data set", arg.dataset, PLANS)
     plan = PLANS[arg.dataset]
     config = study_config()
+    config.variants = ENTRIES
     for stage in (config.pretrain, config.uptrain, config.finetune):
         stage.model.name = plan["model"]
         stage.model.image_size = plan["side"]

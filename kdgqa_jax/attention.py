@@ -102,7 +102,8 @@ class GroupedQueryAttention(nn.Module):
     changes nothing. RNG streams: `dropout`, and `noise` for PGQA.
 
     Sown when the collection is mutable: `grouping` gets key_norm, allocation and group_index;
-    `intermediates` gets the attention maps BNTS; `inputs` gets the input x BTD.
+    `intermediates` gets the attention maps BNTS; `inputs` gets what the projections see: x BTD, and
+    heads BTNH before the output projection.
 
     Attributes:
       num_heads: N.
@@ -257,6 +258,7 @@ class GroupedQueryAttention(nn.Module):
         if noise_rng is not None and self.noise_target == "output":
             out = noise.perturb_output(noise_rng, out, *noise_options)
         self._record("intermediates", maps=maps)
+        self._record("inputs", heads=out)
         out = nn.DenseGeneral(width, axis=(-2, -1), name="out", **common)(out)
         return nn.Dropout(self.dropout, deterministic=not train)(out)
 

@@ -169,7 +169,12 @@ def _checksum(state: Any) -> jax.Array:
     return total
 
 
-_REASONS = ("No space left on device", "Permission denied", "Read-only file system")
+_REASONS = (
+    "No space left on device",
+    "File too large",
+    "Permission denied",
+    "Read-only file system",
+)
 _REASONS += ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE")
 
 
@@ -221,13 +226,17 @@ def save_model(
       UserError: something else is there, or it cannot be written.
     """
     check_replaceable(path)
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     flat = flatten_dict(jax.device_get(variables), sep="/")
     with workdir.written_whole(pathlib.Path(path).absolute()) as folder:
         workdir.write_json(folder / "model.json", description)
         arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
-        save_file(arrays, folder / WEIGHTS)
+        try:
+            save_file(arrays, folder / WEIGHTS)
+        except SafetensorError as error:  # which is what it makes of an OSError
+            raise OSError(str(error)) from None
 
 
 def check_replaceable(path: str | os.PathLike) -> None:

@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kdgqa_jax.errors import Preempted, UserError, unknown
 from kdgqa_jax.version import __version__
@@ -16,7 +17,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     for stage in (settings.pretrain, settings.uptrain, settings.finetune):
         stage.data.data_dir = arguments.data_dir
     settings.seeds, settings.seed = arguments.seeds, arguments.seed
-    settings.variants = tuple(arguments.variants.split(","))
+    if arguments.variants:
+        settings.variants = tuple(arguments.variants.split(","))
     study.run_study(config.override(settings, arguments.overrides), arguments.workdir)
 
 
@@ -94,7 +96,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     workdir.check_new(arguments.out)
     given = [
         f"--{name.replace('_', '-')}"
-        for name, settings in _CONVERT_OPTIONS.items()
+        for name, settings in {**_CONVERT_OPTIONS, **_CALIBRATION_OPTIONS}.items()
         if getattr(arguments, name) != settings.get("default")
     ]
     if arguments.to and given:
@@ -107,13 +109,26 @@ def _convert(arguments: argparse.Namespace) -> None:
         say(f"written: {arguments.out}")
         return
     options = {name: getattr(arguments, name) for name in _CONVERT_OPTIONS}
+    options["calibration"] = _calibration(arguments)
     converted = convert.load(arguments.source, **options)
     report = converted.report
     table(report.HEADER, report.rows())
     for note in report.notes:
         say(note)
+    for warning in report.warnings:
+        print(f"kdgqa convert: warning: {warning}", file=sys.stderr)
     converted.save(arguments.out)
     say(f"model directory: {arguments.out}")
+
+
+def _calibration(arguments: argparse.Namespace) -> Any:
+    """Where calibration images come from; None without --calibration."""
+    from kdgqa_jax.convert import CalibrationImages
+
+    if not arguments.calibration:
+        return None
+    place = (arguments.calibration, arguments.data_dir, arguments.calibration_images)
+    return CalibrationImages(*place, seed=arguments.seed)
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -178,27 +193,33 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from kdgqa_jax import analysis
-    from kdgqa_jax.console import table
+    from kdgqa_jax import analysis, convert
+    from kdgqa_jax.console import say, table
 
-    facts, rows = analysis.summarise(arguments.checkpoint)
-    table(("", arguments.checkpoint), facts)
-    table(analysis.LAYER_HEADER, rows)
+    share = arguments.suggest_kv_heads
+    if share is None:
+        if arguments.calibration:
+            raise UserError("--calibration belongs to --suggest-kv-heads SHARE")
+        facts, rows = analysis.summarise(arguments.checkpoint)
+        table(("", arguments.checkpoint), facts)
+        table(analysis.LAYER_HEADER, rows)
+        return
+    rows, by = convert.suggest_kv_heads(arguments.checkpoint, share, _calibration(arguments))
+    table(convert.SUGGESTION_HEADER, rows, numbers=True)
+    say(by)
 
 
 _OVERRIDES = "any other field of the config: --config.FIELD=VALUE"
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    from kdgqa_jax.attention import VARIANTS
-
     _add_workdir(parser)
     parser.add_argument("--dataset", default="digits", help="digits or fashion_mnist")
     parser.add_argument("--data-dir", default="", help="where the files of fashion_mnist lie")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
     parser.add_argument("--seed", type=int, default=42, help="the first seed")
     parser.add_argument(
-        "--variants", default=",".join(VARIANTS), help="attention variants, with commas"
+        "--variants", help="with commas, VARIANT or VARIANT@RULE; none: all, and gqa@svd"
     )
 
 
@@ -254,12 +275,20 @@ def _floats(text: str) -> list[float]:
 
 _image_size.__name__, _floats.__name__ = "SIDE or HEIGHTxWIDTH", "numbers with commas"
 
+_CALIBRATION_OPTIONS: dict[str, dict] = {
+    "calibration": {"help": "data set or folder of images to merge by"},
+    "calibration_images": {"type": int, "default": 512, "help": "how many of them"},
+    "data_dir": {"default": "", "help": "where the files of the data set are"},
+}
+"""Fields of `convert.CalibrationImages`, with the seed of `--seed`."""
+
 _NAMES = {"metavar": "NAME", "nargs": "+", "default": []}
 _CONVERT_OPTIONS: dict[str, dict] = {
     "attention": {"help": "variant; none: that of the source"},
     "num_kv_heads": {"type": int, "help": "key/value heads; none: half the query heads"},
     "pooling": {"default": "mean", "help": "mean, first, random, procrustes or svd"},
-    "seed": {"type": int, "default": 0, "help": "of random pooling and new arrays"},
+    "refit": {"action": "store_true", "default": False, "help": "output to the calibration images"},
+    "seed": {"type": int, "default": 0, "help": "of all random choices"},
     "image_size": {"type": _image_size, "help": "SIDE or HEIGHTxWIDTH; none: as it is"},
     "num_classes": {"type": int, "help": "of a new head; none: as it is"},
     "num_heads": {"type": int, "help": "query heads, where the source does not tell"},
@@ -276,8 +305,12 @@ _CONVERT_OPTIONS: dict[str, dict] = {
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", required=True, help="file, directory or hf:org/name")
     parser.add_argument("--out", required=True, help="directory (or, with --to, file) to write")
-    parser.add_argument("--to", help="write a file instead: safetensors or released (.pth)")
-    for name, settings in _CONVERT_OPTIONS.items():
+    parser.add_argument("--to", help="write a file instead: safetensors or released")
+    _add_options(parser, {**_CONVERT_OPTIONS, **_CALIBRATION_OPTIONS})
+
+
+def _add_options(parser: argparse.ArgumentParser, options: dict[str, dict]) -> None:
+    for name, settings in options.items():
         metavar = {} if "action" in settings else {"metavar": name.split("_")[-1].upper()}
         parser.add_argument(f"--{name.replace('_', '-')}", **{**metavar, **settings})
 
@@ -311,6 +344,18 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="a model directory")
 
 
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--suggest-kv-heads",
+        type=float,
+        metavar="SHARE",
+        help="per layer the fewest key/value heads whose merging keeps this share of the energy",
+    )
+    _add_options(parser, _CALIBRATION_OPTIONS)
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images")
+
+
 COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "demo": ("the whole protocol on small real images, minutes on a laptop", _add_demo, _demo),
     "study": ("the protocol of a config: variants x seeds, a table, plots", _add_config, _study),
@@ -319,7 +364,7 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "convert": ("a checkpoint to a grouped variant, or back to PyTorch", _add_convert, _convert),
     "evaluate": ("accuracy and calibration on a data set", _add_evaluate, _evaluate),
     "predict": ("logits or top classes of images", _add_predict, _predict),
-    "inspect": ("what a model directory holds", _add_checkpoint, _inspect),
+    "inspect": ("what a model directory holds", _add_inspect, _inspect),
     "bench": ("what training steps and conversions cost on this machine", _add_bench, _bench),
 }
 """Command: (what it does, adds its flags, runs it)."""

@@ -106,14 +106,18 @@ def study_config() -> ConfigDict:
     """All fields of a study: the protocol over variants and seeds."""
     return ConfigDict(
         {
+            # Entries of the table, VARIANT or VARIANT@RULE: see entry.py.
             "variants": ("mha", "gqa", "kdgqa", "dgqa_ema", "dgqa_diff", "pgqa"),
             "num_kv_heads": config_dict.placeholder(int),  # None: half the query heads
-            "pooling": "mean",  # of key/value heads, a name in convert.POOLING
+            "pooling": "mean",  # the rule of variants without one
+            "calibration_images": 512,  # the first ones that uptraining trains on
+            # Lengths of uptraining in steps, a run for each; (): uptrain.epochs.
+            "uptrain_steps": (),
             "seed": 42,  # of the first run; the others count up from it
             "seeds": 1,  # how many
             "pretrain": train_config(),
             "uptrain": train_config(),
-            "finetune": train_config(),
+            "finetune": train_config(),  # this and uptrain: epochs=0 leaves the stage out
         },
         type_safe=False,
     )
@@ -185,7 +189,7 @@ def _parse(field: str, text: str, kind: type, value: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        return tuple(map(item, text.split(",") if text else ())) if several else item(text)
+        return tuple(map(item, filter(None, text.split(",")))) if several else item(text)
     except (ValueError, KeyError):
         expected = "true or false" if kind is bool else f"of type {kind.__name__}"
         raise UserError(f"config field {field}={text!r} must be {expected}") from None

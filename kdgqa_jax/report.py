@@ -7,16 +7,14 @@ from typing import Any
 import numpy as np
 
 from kdgqa_jax import workdir as workdir_lib
-from kdgqa_jax.attention import VARIANTS, variant_name
+from kdgqa_jax.attention import VARIANTS
 from kdgqa_jax.console import say, table
 
 Record = dict[str, Any]
 History = dict[str, list[Record]]
 """By stage of training: the logged records, with step, allocation (L x K) and key_norm (L x K)."""
 
-TRAINED = ("uptrained", "finetuned")
-AFTER_CONVERSION = ("converted", *TRAINED)
-_COLORS = {"converted": "#b0b7c3", "uptrained": "#4c8dc9", "finetuned": "#e07b39"}
+_COLORS = ("#b0b7c3", "#4c8dc9", "#e07b39", "#5aa469", "#8e6fb0")  # of stages, in turns
 
 
 def write(records: list[Record], histories: dict[str, History], folder: pathlib.Path) -> None:
@@ -27,7 +25,8 @@ def write(records: list[Record], histories: dict[str, History], folder: pathlib.
     note = _note(records)
     (folder / "results.md").write_text(_markdown(records, header, rows, note))
     _plot_accuracy(records, folder / "accuracy.png")
-    dynamic = {name: h for name, h in histories.items() if VARIANTS[variant_name(name)].rule}
+    variants = {r["entry"]: r["variant"] for r in records}
+    dynamic = {name: h for name, h in histories.items() if h and VARIANTS[variants[name]].rule}
     if dynamic:
         for field in _LAYER_PLOTS:
             _plot_layers(dynamic, records, field, folder / f"{field}.png")
@@ -46,43 +45,86 @@ def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1) * spread)
 
 
-def _values(records: list[Record], variant: str, stage: str, field: str = "top1") -> list[float]:
-    return [r[field] for r in records if (r["variant"], r["stage"]) == (variant, stage)]
+def _values(records: list[Record], entry: str, stage: str, field: str = "top1") -> list[float]:
+    return [r[field] for r in records if (r["entry"], r["stage"]) == (entry, stage)]
 
 
-def _variants(records: list[Record]) -> list[str]:
-    return list(dict.fromkeys(r["variant"] for r in records if r["stage"] != "pretrained"))
+def _entries(records: list[Record]) -> list[str]:
+    return list(dict.fromkeys(r["entry"] for r in records if r["stage"] != "pretrained"))
 
 
-def _show(values: list[float]) -> str:
-    mean, interval = mean_and_interval(values)
-    return f"{mean:.2f}" if interval is None else f"{mean:.2f} ± {interval:.2f}"
+def _stages(records: list[Record]) -> list[str]:
+    """Those after pretraining, in order."""
+    return list(dict.fromkeys(r["stage"] for r in records if r["stage"] != "pretrained"))
+
+
+def paired_difference(
+    records: list[Record], entry: str, other: str, stage: str
+) -> tuple[float, float | None]:
+    """Top-1 of `entry` less that of `other` on the same seeds, in points: mean and interval.
+
+    The interval is that of `mean_and_interval` over the seeds that both have.
+    """
+    by_seed = {(r["entry"], r["seed"]): r["top1"] for r in records if r["stage"] == stage}
+    seeds = dict.fromkeys(seed for _, seed in by_seed)
+    differences = [
+        by_seed[entry, seed] - by_seed[other, seed]
+        for seed in seeds
+        if {(entry, seed), (other, seed)} <= by_seed.keys()
+    ]
+    return mean_and_interval(differences)
+
+
+def _show(mean: float, interval: float | None, sign: str = "") -> str:
+    return f"{mean:{sign}.2f}" if interval is None else f"{mean:{sign}.2f} ± {interval:.2f}"
 
 
 def _table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
-    header = ["variant", "heads", "KV heads", "KV parameters", *AFTER_CONVERSION, "idle KV heads"]
+    stages = _stages(records)
+    header = ["variant", "heads", "KV heads", "KV parameters", *stages, "idle KV heads"]
     rows = []
-    for variant in _variants(records):
-        last = next(r for r in records if r["variant"] == variant and r["stage"] == "finetuned")
-        idle = np.mean(_values(records, variant, "finetuned", "idle_kv_heads"))
+    for entry in _entries(records):
+        last = next(r for r in records if (r["entry"], r["stage"]) == (entry, stages[-1]))
+        idle = np.mean(_values(records, entry, stages[-1], "idle_kv_heads"))
         layers = len(last["allocation"])
         rows.append(
             [
-                variant,
+                entry,
                 str(last["num_heads"]),
                 str(last["num_kv_heads"]),
                 f"{last['num_kv_params']:,}",
-                *(_show(_values(records, variant, stage)) for stage in AFTER_CONVERSION),
+                *(_show(*mean_and_interval(_values(records, entry, stage))) for stage in stages),
                 f"{idle:.3g} of {layers * last['num_kv_heads']}",
             ]
         )
     return header, rows
 
 
+def _paired_table(records: list[Record]) -> list[str]:
+    """Lines of a table: every entry less the first one that groups heads; [] for one seed."""
+    entries = [r["entry"] for r in records if r["num_kv_heads"] < r["num_heads"]]
+    seeds = {r["seed"] for r in records}
+    if len(seeds) < 2 or len(set(entries)) < 2:
+        return []
+    first, stages = entries[0], _stages(records)
+    lines = [
+        f"Top-1 less that of {first}, paired by seed, in points:",
+        "",
+        _line(["variant", *stages]),
+        _line(["---", *["---:"] * len(stages)]),
+    ]
+    for entry in dict.fromkeys(entries[1:]):
+        if entry != first:
+            pairs = (paired_difference(records, entry, first, stage) for stage in stages)
+            lines.append(_line([entry, *(_show(*pair, sign="+") for pair in pairs)]))
+    return [*lines, ""]
+
+
 def _note(records: list[Record]) -> str:
     base = [r for r in records if r["stage"] == "pretrained"]
     images = base[0]["test_images"]
-    pretrained = f"Pretrained mha: {_show([r['top1'] for r in base])} % of {images} test images."
+    shown = _show(*mean_and_interval([r["top1"] for r in base]))
+    pretrained = f"Pretrained mha: {shown} % of {images} test images."
     if len(base) > 1:
         return f"{pretrained} ± is the 95 % confidence interval of the mean over {len(base)} seeds."
     error = 196 * np.sqrt(0.95 * 0.05 / images)
@@ -92,26 +134,23 @@ def _note(records: list[Record]) -> str:
     )
 
 
-def _markdown(records: list[Record], header: list[str], rows: list[list[str]], note: str) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
-    last = records[-1]["config"]
-    uptrain = next(r["config"] for r in records if r["stage"] == "uptrained")
+
+def _markdown(records: list[Record], header: list[str], rows: list[list[str]], note: str) -> str:
+    stages, last = _stages(records), records[-1]["config"]
     lines = [
         f"# {last['data']['name']}, {last['model']['name']}: top-1 on the test images, %",
         "",
-        line(header),
-        line(["---", *["---:"] * (len(header) - 1)]),
-        *map(line, rows),
+        _line(header),
+        _line(["---", *["---:"] * (len(header) - 1)]),
+        *map(_line, rows),
         "",
         note,
         "",
-        "converted: right after pooling the key/value heads, no training."
-        f" uptrained: {uptrain['epochs']:g} epochs more on the pretraining data."
-        f" finetuned: {last['epochs']:g} epochs on the same images, shifted"
-        f" ({last['data']['shift']}), and evaluated on those."
-        " idle KV heads: how many serve no query head, over all layers, after fine-tuning.",
+        *_paired_table(records),
+        _what_stages_are(records),
         "",
         f"Device: {records[-1]['device']}. Versions: {json.dumps(records[-1]['versions'])}.",
         "",
@@ -121,14 +160,31 @@ def _markdown(records: list[Record], header: list[str], rows: list[list[str]], n
         "",
         "![key head norms over training](key_norm.png)",
         "",
-        "Allocation after fine-tuning (first seed), one row of key/value heads per layer:",
+        f"Allocation at the end ({stages[-1]}, first seed), one row of key/value heads per layer:",
         "",
     ]
-    for variant in _variants(records):
-        record = next(r for r in records if r["variant"] == variant and r["stage"] == "finetuned")
+    for entry in _entries(records):
+        record = next(r for r in records if (r["entry"], r["stage"]) == (entry, stages[-1]))
         layers = "  ".join(" ".join(map(str, layer)) for layer in record["allocation"])
-        lines.append(f"- {variant}: `{layers}`")
+        lines.append(f"- {entry}: `{layers}`")
     return "\n".join(lines) + "\n"
+
+
+def _what_stages_are(records: list[Record]) -> str:
+    of_stage = {r["stage"]: r for r in records}
+    said = "converted: right after the conversion of the key/value heads, no training."
+    for stage, record in of_stage.items():
+        config = record["config"]
+        if stage.startswith("uptrained"):
+            said += f" {stage}: {record['steps']} steps more on the pretraining data."
+        elif stage == "finetuned":
+            said += (
+                f" finetuned: {config['epochs']:g} epochs on the same images, shifted"
+                f" ({config['data']['shift']}), and evaluated on those."
+            )
+    rules = {r["entry"]: r["rule"] for r in records if r["rule"]}
+    said += f" Rules of conversion: {', '.join(f'{e}: {rule}' for e, rule in rules.items())}."
+    return said + " idle KV heads: how many serve no query head, over all layers, at the end."
 
 
 def _pyplot() -> Any:
@@ -142,24 +198,25 @@ def _pyplot() -> Any:
 
 def _plot_accuracy(records: list[Record], path: pathlib.Path) -> None:
     plt = _pyplot()
-    variants = _variants(records)
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    width = 0.8 / len(AFTER_CONVERSION)
-    for i, stage in enumerate(AFTER_CONVERSION):
-        stats = [mean_and_interval(_values(records, variant, stage)) for variant in variants]
-        x = np.arange(len(variants)) + (i - 1) * width
+    entries, stages = _entries(records), _stages(records)
+    figure, axes = plt.subplots(figsize=(max(9, 1.4 * len(entries)), 4.5), layout="constrained")
+    width = 0.8 / len(stages)
+    for i, stage in enumerate(stages):
+        stats = [mean_and_interval(_values(records, entry, stage)) for entry in entries]
+        x = np.arange(len(entries)) + (i - (len(stages) - 1) / 2) * width
         errors = None if stats[0][1] is None else [interval for _, interval in stats]
-        means = [mean for mean, _ in stats]
-        bars = axes.bar(x, means, width, yerr=errors, label=stage, color=_COLORS[stage], capsize=3)
+        means, color = [mean for mean, _ in stats], _COLORS[i % len(_COLORS)]
+        bars = axes.bar(x, means, width, yerr=errors, label=stage, color=color, capsize=3)
         axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
     base, _ = mean_and_interval([r["top1"] for r in records if r["stage"] == "pretrained"])
     line = {"color": "gray", "linewidth": 1, "linestyle": "--", "zorder": 0}
     axes.axhline(base, label="pretrained mha", **line)
-    axes.set_xticks(np.arange(len(variants)), variants)
+    labels = [entry.replace(" (", "\n(") for entry in entries]
+    axes.set_xticks(np.arange(len(entries)), labels)
     axes.set(ylabel="test top-1, %", ylim=(0, 112), yticks=range(0, 101, 20))
     config = records[-1]["config"]
     axes.set_title(f"{config['data']['name']}, {config['model']['name']}: accuracy by stage")
-    axes.legend(ncols=4, loc="upper center", fontsize=9, frameon=False)
+    axes.legend(ncols=len(stages) + 1, loc="upper center", fontsize=9, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -175,7 +232,7 @@ _LAYER_PLOTS = {
 def _plot_layers(
     histories: dict[str, History], records: list[Record], field: str, path: pathlib.Path
 ) -> None:
-    """One row per variant, one column per layer, over uptraining and fine-tuning."""
+    """One row per entry, one column per layer, over uptraining and fine-tuning."""
     plt = _pyplot()
     title, ylabel = _LAYER_PLOTS[field]
     num_heads = records[-1]["num_heads"]
@@ -189,11 +246,13 @@ def _plot_layers(
         squeeze=False,
         layout="constrained",
     )
-    for row, (variant, history) in zip(grid, histories.items(), strict=True):
-        boundary = history["uptrained"][-1]["step"]
-        steps = [r["step"] for r in history["uptrained"]]
-        steps += [boundary + r["step"] for r in history["finetuned"]]
-        values = np.array([r[field] for stage in TRAINED for r in history[stage]])
+    for row, (entry, history) in zip(grid, histories.items(), strict=True):
+        steps, boundaries, end = [], [], 0
+        for stage in history.values():
+            steps += [end + r["step"] for r in stage]
+            end += stage[-1]["step"]
+            boundaries.append(end)
+        values = np.array([r[field] for stage in history.values() for r in stage])
         for layer, axes in enumerate(row):
             heads = values[:, layer].T  # (K, steps)
             colors = plt.colormaps["viridis"](np.linspace(0.1, 0.95, len(heads)))
@@ -204,9 +263,10 @@ def _plot_layers(
             else:
                 for values_of_head, color, label in zip(heads, colors, labels, strict=True):
                     axes.plot(steps, values_of_head, color=color, label=label)
-            axes.axvline(boundary, color="gray", linewidth=1, linestyle="--")
+            for boundary in boundaries[:-1]:
+                axes.axvline(boundary, color="gray", linewidth=1, linestyle="--")
             axes.margins(x=0)
-        row[0].set_ylabel(f"{variant}\n{ylabel}")
+        row[0].set_ylabel(f"{entry}\n{ylabel}")
     for layer, (top, bottom) in enumerate(zip(grid[0], grid[-1], strict=True)):
         top.set_title(f"layer {layer}")
         bottom.set_xlabel("training step")

@@ -1,13 +1,15 @@
-"""The paper's protocol over variants and seeds.
+"""The paper's protocol over variants, rules of conversion and seeds.
 
-Per seed: pretrain a multi-head ViT; then per variant: convert it (evaluated at once, without any
-training), uptrain it on the pretraining data, fine-tune it on the shifted data, evaluate.
+Per seed: pretrain a multi-head ViT; then per entry (entry.py): convert it (evaluated at once,
+without any training), uptrain it on the pretraining data, for one length or several, and fine-tune
+it on the shifted data, evaluate.
 
     WORKDIR/config.json
-    WORKDIR/seed42/pretrained/            a training run (train.train_and_evaluate)
-    WORKDIR/seed42/kdgqa/converted/       a model directory and record.json
-    WORKDIR/seed42/kdgqa/uptrained/ finetuned/
-    WORKDIR/report/                       results.json, results.md and plots
+    WORKDIR/seed42/pretrained/              a training run (train.train_and_evaluate)
+    WORKDIR/seed42/kdgqa@svd/converted/     a model directory and record.json
+    WORKDIR/seed42/kdgqa@svd/uptrained/     or, by length, uptrained_200/ ...
+    WORKDIR/seed42/kdgqa@svd/finetuned/
+    WORKDIR/report/                         results.json, results.md and plots
 
 Every finished stage leaves record.json; a study that was stopped goes on from what is there.
 """
@@ -26,10 +28,10 @@ import numpy as np
 from kdgqa_jax import checkpoint, convert, layers, logs, report, sharding, starting, train, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
-from kdgqa_jax.attention import variant_name
 from kdgqa_jax.console import say
-from kdgqa_jax.data import pipeline, sources
-from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.data import augment, pipeline, sources
+from kdgqa_jax.entry import Entry, parse_entries
+from kdgqa_jax.errors import UserError
 from kdgqa_jax.evaluate import evaluate, make_eval_step
 from kdgqa_jax.version import versions
 
@@ -59,16 +61,30 @@ def run_study(config: Config, workdir: str | os.PathLike) -> list[Record]:
 def _check(config: Config) -> None:
     """Raise UserError for what would otherwise be found out hours later."""
     config_lib.check_fields(config, config_lib.study_config())
-    if config.pooling not in convert.POOLING:
-        raise unknown("pooling", config.pooling, convert.POOLING)
     if config.seeds < 1 or not config.variants:
         raise UserError(f"seeds={config.seeds} and variants={config.variants} must not be empty")
-    names = [variant_name(variant) for variant in config.variants]
-    if len(set(names)) < len(names):
-        raise UserError(f"variants={config.variants} names one of them twice")
+    if config.calibration_images < 1:
+        raise UserError(f"calibration_images={config.calibration_images} must be at least 1")
+    entries = parse_entries(config.variants, config.pooling)
+    _uptrain_stages(config, images=1)
     for stage in (config.pretrain, config.uptrain, config.finetune):
-        for variant in ("mha", *config.variants):
+        for variant in ("mha", *(entry.variant for entry in entries)):
             starting.build_model(_stage_config(config, stage, variant, config.seed), num_classes=2)
+
+
+def _uptrain_stages(study: Config, images: int) -> list[tuple[str, float]]:
+    """(stage, epochs) of every length of uptraining, for a training split of so many images."""
+    if not study.uptrain_steps:
+        return [("uptrained", study.uptrain.epochs)] if study.uptrain.epochs else []
+    try:
+        steps = [int(n) for n in study.uptrain_steps]
+    except ValueError:
+        steps = [0]
+    if min(steps) < 1 or len(set(steps)) < len(steps):
+        raise UserError(
+            f"uptrain_steps={study.uptrain_steps} must be different numbers of steps, at least 1"
+        )
+    return [(f"uptrained {n}", n * study.uptrain.batch_size / images) for n in steps]
 
 
 def _stage_config(
@@ -77,7 +93,7 @@ def _stage_config(
     """The training config of one stage for one variant and seed."""
     config = stage.copy_and_resolve_references()
     config.model.attention = variant
-    config.model.num_kv_heads = None if variant_name(variant) == "mha" else study.num_kv_heads
+    config.model.num_kv_heads = None if variant == "mha" else study.num_kv_heads
     config.seed = seed
     config.init = str(init) if init else ""
     return config
@@ -86,31 +102,39 @@ def _stage_config(
 def _run_seed(study: Config, workdir: pathlib.Path, seed: int) -> list[Record]:
     folder = workdir / f"seed{seed}"
 
-    def trained(place: pathlib.Path, variant: str, stage: str, config: Config) -> Record:
+    def trained(place: pathlib.Path, entry: Entry, stage: str, config: Config) -> Record:
         def run() -> dict[str, Any]:
-            return train.train_and_evaluate(config, place, f"seed {seed} {variant} {stage}")
+            return train.train_and_evaluate(config, place, f"seed {seed} {entry.name} {stage}")
 
-        return _finished(place, variant, stage, config, run)
+        return _finished(place, entry, stage, config, run)
 
     base = folder / "pretrained"
     config = _stage_config(study, study.pretrain, "mha", seed)
-    records = [trained(base, "mha", "pretrained", config)]
-    for variant in study.variants:
-        place = folder / variant
-        config = _stage_config(study, study.uptrain, variant, seed, base / "model")
-        convert_this = partial(_convert, study, config, place / "converted")
-        records.append(_finished(place / "converted", variant, "converted", config, convert_this))
+    records = [trained(base, Entry("mha", "pretrained", "mha"), "pretrained", config)]
+    data = study.uptrain.data
+    images = len(sources.load(data.name, data.data_dir, data.shift).train)
+    for entry in parse_entries(study.variants, study.pooling):
+        place = folder / entry.folder
+        config = _stage_config(study, study.uptrain, entry.variant, seed, base / "model")
         before = place / "converted"
-        for stage, settings in (("uptrained", study.uptrain), ("finetuned", study.finetune)):
-            config = _stage_config(study, settings, variant, seed, before / "model")
-            records.append(trained(place / stage, variant, stage, config))
-            before = place / stage
+        convert_this = partial(_convert, study, entry, config, before)
+        records.append(_finished(before, entry, "converted", config, convert_this))
+        init = before / "model"
+        for stage, epochs in _uptrain_stages(study, images):
+            config = _stage_config(study, study.uptrain, entry.variant, seed, init)
+            config.epochs = epochs
+            before = place / stage.replace(" ", "_")
+            records.append(trained(before, entry, stage, config))
+        if study.finetune.epochs:
+            init = before / "model"
+            config = _stage_config(study, study.finetune, entry.variant, seed, init)
+            records.append(trained(place / "finetuned", entry, "finetuned", config))
     return records
 
 
 def _finished(
     place: pathlib.Path,
-    variant: str,
+    entry: Entry,
     stage: str,
     config: Config,
     run: Callable[[], dict[str, Any]],
@@ -120,17 +144,17 @@ def _finished(
     if path.exists():
         return workdir_lib.read_json(path)
     result = run()
-    record = _make_record(place, variant, stage, config, result)
+    record = _make_record(place, entry, stage, config, result)
     workdir_lib.write_json(path, record)
     say(
-        f"seed {config.seed} {variant} {stage}: top-1 {record['top1']:.2f} %,"
+        f"seed {config.seed} {entry.name} {stage}: top-1 {record['top1']:.2f} %,"
         f" loss {record['loss']:.3f}, {record['seconds']:.1f} s"
     )
     return record
 
 
 def _make_record(
-    place: pathlib.Path, variant: str, stage: str, config: Config, result: dict[str, Any]
+    place: pathlib.Path, entry: Entry, stage: str, config: Config, result: dict[str, Any]
 ) -> Record:
     """One record of results.json, from the model directory in `place` and its figures."""
     model, variables, _ = checkpoint.load_model(place / "model")
@@ -140,7 +164,9 @@ def _make_record(
     if config.init:  # the same wherever the study lies
         settings["init"] = os.path.relpath(config.init, place)
     return {
-        "variant": variant,
+        "entry": entry.name,
+        "variant": entry.variant,
+        "rule": entry.rule,
         "seed": config.seed,
         "stage": stage,
         **{name: result[name] for name in ("top1", "top5", "loss")},
@@ -159,37 +185,60 @@ def _make_record(
     }
 
 
-def _convert(study: Config, config: Config, place: pathlib.Path) -> dict[str, Any]:
+def _convert(study: Config, entry: Entry, config: Config, place: pathlib.Path) -> dict[str, Any]:
     """Convert the model `config.init` into `config.model`; save and evaluate it as it is."""
     started = time.monotonic()
-    _, variables, description = checkpoint.load_model(config.init)
+    before, variables, description = checkpoint.load_model(config.init)
     model = starting.build_model(config, len(description["class_names"]))
-    kv_heads = model.attention["num_kv_heads"]
-    params = convert.to_grouped(variables["params"], kv_heads, study.pooling, config.seed)
-    variables = {
-        "params": params,
-        "norm_stats": vit.init_norm_stats(model, description["channels"]),
-    }
-    description["model"] = {**config.model.to_dict(), "num_classes": model.num_classes}
-    description["converted"] = {"from": config.init, "pooling": study.pooling}
-    checkpoint.save_model(place / "model", variables, description)
-
     data, mesh = config.data, sharding.make_mesh()
     dataset = sources.load(data.name, data.data_dir, data.shift)
     dataset = pipeline.prepare(dataset, model.image_shape, data)
+    images = None
+    if entry.calibrated:
+        count = min(study.calibration_images, len(dataset.train))
+        pixels = np.stack([dataset.train[i]["image"] for i in range(count)])
+        images = augment.to_model_input(pixels, model.image_shape, *pipeline.statistics(data))
+    grouped = convert.group_heads(
+        before,
+        variables,
+        model,
+        entry.pooling,
+        seed=config.seed,
+        images=images,
+        merge_by_data=not entry.free,
+        refit=entry.refit,
+    )
+    variables = {
+        "params": grouped.params,
+        "norm_stats": vit.init_norm_stats(model, description["channels"]),
+    }
+    description["model"] = {**config.model.to_dict(), "num_classes": model.num_classes}
+    description["converted"] = {
+        "from": config.init,
+        "rule": entry.rule,
+        "notes": grouped.notes + grouped.warnings,
+        "energy_kept": grouped.energy_kept,
+    }
+    checkpoint.save_model(place / "model", variables, description)
+
     eval_step = make_eval_step(model, *pipeline.statistics(data))
     result = evaluate(eval_step, variables, dataset.test, config.eval_batch_size, mesh)
     return {**result, "steps": 0, "seconds": time.monotonic() - started}
 
 
 def _histories(config: Config, workdir: pathlib.Path) -> dict[str, report.History]:
-    """Per variant, of the first seed: what training has logged, by stage."""
+    """Per entry, of the first seed: what training has logged, by stage."""
     folder = workdir / f"seed{config.seed}"
     histories = {}
-    for variant in config.variants:
-        stages = {stage: logs.read_metrics(folder / variant / stage) for stage in report.TRAINED}
-        histories[variant] = {
+    uptrained = [stage for stage, _ in _uptrain_stages(config, images=1)]
+    for entry in parse_entries(config.variants, config.pooling):
+        stages = {
+            stage: logs.read_metrics(folder / entry.folder / stage.replace(" ", "_"))
+            for stage in (*uptrained[-1:], "finetuned")
+        }
+        histories[entry.name] = {
             stage: [r for r in records if r["split"] == "train"]
             for stage, records in stages.items()
+            if records
         }
     return histories

@@ -26,6 +26,7 @@ Array = jax.Array
 
 SIZES: dict[str, dict[str, int]] = {
     "mu": {"width": 64, "depth": 4, "num_heads": 8, "mlp_width": 128},  # for tests and the demo
+    "mini": {"width": 128, "depth": 2, "num_heads": 8, "mlp_width": 256},  # for studies on a CPU
     "Ti": {"width": 192, "depth": 12, "num_heads": 3, "mlp_width": 768},
     "S": {"width": 384, "depth": 12, "num_heads": 6, "mlp_width": 1536},
     "B": {"width": 768, "depth": 12, "num_heads": 12, "mlp_width": 3072},
@@ -112,6 +113,18 @@ class VisionTransformer(nn.Module):
         """Tokens before the patches: the class token and the distillation token."""
         return int(self.class_token) + (self.distillation != "none")
 
+    @property
+    def block_fields(self) -> dict[str, Any]:
+        """Fields of `block.Block`, which all layers share."""
+        return {
+            "mlp_width": self.mlp_width,
+            "attention": self.attention,
+            "norm_epsilon": self.norm_epsilon,
+            "dropout": self.dropout,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+
     def setup(self) -> None:
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.patch_embed = nn.Conv(
@@ -135,16 +148,7 @@ class VisionTransformer(nn.Module):
         )
         self.pos_dropout = nn.Dropout(self.dropout)
 
-        block, fields = (
-            Block,
-            {
-                "mlp_width": self.mlp_width,
-                "attention": self.attention,
-                "norm_epsilon": self.norm_epsilon,
-                "dropout": self.dropout,
-                **common,
-            },
-        )
+        block = Block
         if self.remat != "none":
             block = nn.remat(
                 Block,
@@ -160,9 +164,9 @@ class VisionTransformer(nn.Module):
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=self.depth,
             )
-            self.blocks = block(**fields)
+            self.blocks = block(**self.block_fields)
         else:
-            self.blocks = [block(**fields) for _ in range(self.depth)]
+            self.blocks = [block(**self.block_fields) for _ in range(self.depth)]
         final_norm = layer_norm(self.norm_epsilon, **common)
         self.norm = final_norm if self.pool == "token" else None
         self.fc_norm = final_norm if self.pool == "avg" else None
@@ -176,15 +180,8 @@ class VisionTransformer(nn.Module):
             if self.distillation == "head":
                 self.head_dist = nn.Dense(self.num_classes, **exact)
 
-    def features(
-        self,
-        images: Array,
-        *,
-        train: bool = False,
-        step: Array | int | None = None,
-        mask: Array | None = None,
-    ) -> Array:
-        """All tokens BTD, after the final norm where `pool` is "token". Arguments as `__call__`."""
+    def embed(self, images: Array) -> Array:
+        """The tokens BTD that the first layer gets. Raises UserError for another image size."""
         if images.ndim != 4 or images.shape[1:3] != self.image_shape:
             raise UserError(
                 f"expected images (batch, {self.image_shape[0]}, {self.image_shape[1]}, channels),"
@@ -196,9 +193,18 @@ class VisionTransformer(nn.Module):
         prefix += [self.dist_token] if self.distillation != "none" else []
         prefix = [jnp.broadcast_to(t.astype(x.dtype), (len(x), 1, self.width)) for t in prefix]
         x = jnp.concatenate([*prefix, x], axis=1)
-        x = x + self.pos_embed.astype(x.dtype)
-        x = self.pos_dropout(x, deterministic=not train)
+        return x + self.pos_embed.astype(x.dtype)
 
+    def features(
+        self,
+        images: Array,
+        *,
+        train: bool = False,
+        step: Array | int | None = None,
+        mask: Array | None = None,
+    ) -> Array:
+        """All tokens BTD, after the final norm where `pool` is "token". Arguments as `__call__`."""
+        x = self.pos_dropout(self.embed(images), deterministic=not train)
         rates = [self.drop_path * i / max(self.depth - 1, 1) for i in range(self.depth)]
         if self.scan_layers:
             rates = jnp.asarray(rates, jnp.float32) if self.drop_path else None

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 from helpers import DGQA, VARIANTS
+from kdgqa_jax.configs import _recipes
 
 from kdgqa_jax import bench, cli, config, layers, starting, train, vit
-from kdgqa_jax.configs import _recipes
 from kdgqa_jax.data import augment, sources
 from kdgqa_jax.errors import UserError
 

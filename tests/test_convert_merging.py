@@ -1,135 +1,25 @@
-"""Merging of key/value heads: what it keeps, what it says it loses, and on what.
-
-References are loops over heads and images in float64 that share no code with the package.
-"""
-
-import json
+"""Merging of key/value heads of one layer: what it keeps, what it says it loses, bad input."""
 
 import helpers
 import jax
 import numpy as np
 import pytest
 from helpers import D, H, N
+from merging_helpers import (
+    RULES,
+    assert_same_function,
+    by_group,
+    naive_key_error,
+    naive_logits,
+    naive_mean_pooled,
+    naive_value_errors,
+    of_low_rank,
+    random_layer,
+    structured_tokens,
+)
 
-from kdgqa_jax import checkpoint, convert, layers
+from kdgqa_jax import convert
 from kdgqa_jax.errors import UserError
-
-RULES = list(convert.MERGING)
-
-
-def random_layer(seed=0, kv_heads=N, scale=0.2):
-    """An attention layer with biases; key and value heads differ in size."""
-    rng = np.random.default_rng(seed)
-
-    def draw(*shape):
-        return scale * rng.standard_normal(shape)
-
-    attention = {
-        "query": {"kernel": draw(D, N, H), "bias": draw(N, H)},
-        "key": {"kernel": draw(D, kv_heads, H), "bias": draw(kv_heads, H)},
-        "value": {"kernel": draw(D, kv_heads, H), "bias": draw(kv_heads, H)},
-        "out": {"kernel": draw(N, H, D), "bias": draw(D)},
-    }
-    for name in ("key", "value"):
-        attention[name]["kernel"] *= np.exp(0.5 * rng.standard_normal((kv_heads, 1)))
-    return attention
-
-
-def of_low_rank(attention, num_kv_heads, seed=1):
-    """The same with key and value kernels of joint rank H in each group; biases are not in it."""
-    rng = np.random.default_rng(seed)
-    for name in ("key", "value"):
-        kernel = attention[name]["kernel"]
-        group = kernel.shape[1] // num_kv_heads
-        for k in range(num_kv_heads):
-            basis = 0.2 * rng.standard_normal((D, H))
-            for j in range(k * group, (k + 1) * group):
-                kernel[:, j] = basis @ rng.standard_normal((H, H))
-    return attention
-
-
-def as_float32(attention):
-    return jax.tree.map(np.float32, attention)
-
-
-def structured_tokens(seed=0, images=40, length=10, with_class_token=True):
-    """(images, length, D) whose directions differ in size, with a mean and a class token."""
-    rng = np.random.default_rng(seed)
-    spread = np.exp(-np.arange(D) / 12.0)
-    turn = np.linalg.qr(np.random.default_rng(99).standard_normal((D, D)))[0]
-    x = rng.standard_normal((images, length, D)) * spread @ turn + 0.3 * turn[3]
-    x += 0.3 * rng.standard_normal((images, 1, D)) @ turn  # images differ
-    if with_class_token:
-        x[:, 0] = turn[5] + 0.05 * rng.standard_normal((images, D))
-    return x
-
-
-def naive_logits(x, attention):
-    """BNTS with the mean of each row taken away: softmax does not see it."""
-    q, k = (helpers.project(x, attention, name) for name in ("query", "key"))
-    group = q.shape[2] // k.shape[2]
-    logits = np.stack([q[:, :, n] @ k[:, :, n // group].swapaxes(1, 2) for n in range(N)], axis=1)
-    return logits - logits.mean(-1, keepdims=True)
-
-
-def naive_key_error(x, before, after):
-    """Expected squared error of the logits per query head: every query with every centred key."""
-    errors = []
-    for n in range(N):
-        products = []
-        for attention in (before, after):
-            k = helpers.project(x, attention, "key")
-            k = k[:, :, n * k.shape[2] // N]
-            k = np.concatenate([keys - keys.mean(0) for keys in k])
-            q = helpers.project(x, attention, "query")[:, :, n].reshape(-1, H)
-            products.append(q @ k.T)
-        errors.append(np.mean((products[0] - products[1]) ** 2))
-    return np.array(errors)
-
-
-def naive_value_errors(x, before, after):
-    """Error of what one token's value adds to the output, (N, tokens, D)."""
-    errors = []
-    for n in range(N):
-        added = []
-        for attention in (before, after):
-            v = helpers.project(x, attention, "value")
-            v = v[:, :, n * v.shape[2] // N].reshape(-1, H)
-            added.append(v @ np.asarray(attention["out"]["kernel"], np.float64)[n])
-        errors.append(added[0] - added[1])
-    return np.array(errors)
-
-
-def by_group(errors, num_kv_heads):
-    return errors.reshape(num_kv_heads, -1).sum(axis=1)
-
-
-def naive_mean_pooled(attention, num_kv_heads):
-    pooled = dict(attention)
-    for name in ("key", "value"):
-        pooled[name] = {
-            leaf: np.stack(np.split(x, num_kv_heads, axis=-2)).mean(-2).swapaxes(0, -2)
-            if x.ndim == 3
-            else np.stack([part.mean(0) for part in np.split(x, num_kv_heads)])
-            for leaf, x in attention[name].items()
-        }
-    return pooled
-
-
-def assert_same_function(x, before, after, atol=1e-5):
-    """Logits, attention maps and outputs of the float32 layer, and the first two in float64."""
-    before, after = as_float32(before), as_float32(after)
-    np.testing.assert_allclose(naive_logits(x, after), naive_logits(x, before), atol=atol)
-    results = []
-    for attention in (before, after):
-        module = helpers.layer("gqa", num_kv_heads=attention["key"]["kernel"].shape[1])
-        run = helpers.fast_jit(lambda p, x, m=module: m.apply(p, x, mutable=["intermediates"]))
-        out, sown = run({"params": attention}, np.float32(x))
-        results.append((np.asarray(out), np.asarray(sown["intermediates"]["maps"])))
-    for a, b in zip(*results, strict=True):
-        np.testing.assert_allclose(b, a, atol=atol)
-    assert np.ptp(results[0][1]) > 0.1  # attention is far from uniform
-
 
 # --- exact where it can be ----------------------------------------------------------------------
 
@@ -373,7 +263,7 @@ def test_bad_requests_are_refused():
         convert.merge_heads(attention, 3, convert.InputMoments.of(x))
 
 
-# --- balancing and refitting --------------------------------------------------------------------
+# --- balancing ----------------------------------------------------------------------------------
 
 
 def test_balancing_keeps_the_function_and_equalises_the_norms():
@@ -409,140 +299,6 @@ def test_merged_weights_have_ordinary_magnitudes():
         np.sum(merged[n]["kernel"] ** 2, axis=0).reshape(2, -1, H).mean(1) for n in ("key", "query")
     ]
     np.testing.assert_allclose(rms[0], rms[1], rtol=1e-6)
-
-
-def test_refit_is_ridge_regression_towards_the_present_weights():
-    rng = np.random.default_rng(17)
-    n, size, width = 200, N * H, 5
-    a = rng.standard_normal((n, size)) * np.exp(rng.standard_normal(size)) + 1.0
-    y = a @ rng.standard_normal((size, width)) + 3.0 + rng.standard_normal((n, width))
-    kernel, bias = rng.standard_normal((N, H, width)), rng.standard_normal(width)
-    moments = (a.T @ a / n, a.T @ y / n, a.mean(0), y.mean(0))
-    strength = 0.3
-    root = np.sqrt(n * strength * a.var(0).mean())
-    rows = np.block([[a, np.ones((n, 1))], [root * np.eye(size), np.zeros((size, 1))]])
-    target = np.concatenate([y, root * kernel.reshape(size, width)])
-    expected = np.linalg.lstsq(rows, target)[0]
-    new, new_bias = convert.refit_output(kernel, bias, *moments, strength)
-    np.testing.assert_allclose(new.reshape(size, width), expected[:-1], atol=1e-9)
-    np.testing.assert_allclose(new_bias, expected[-1], atol=1e-9)
-    stiff, _ = convert.refit_output(kernel, bias, *moments, 1e9)
-    np.testing.assert_allclose(stiff, kernel, atol=1e-6)
-    still = (np.zeros((size, size)), np.zeros((size, width)), np.zeros(size), y.mean(0))
-    np.testing.assert_allclose(convert.refit_output(kernel, bias, *still)[0], kernel)
-    with pytest.raises(UserError, match="strength=0 of the ridge regression"):
-        convert.refit_output(kernel, bias, *moments, strength=0)
-
-
-# --- moments ------------------------------------------------------------------------------------
-
-
-def naive_moments(images):
-    """(mean, second moment, moment centred per image) by a loop over the images' tokens."""
-    stacked = np.concatenate(images)
-    centred = np.concatenate([x - x.mean(0) for x in images])
-    return tuple(
-        sum(part) / len(stacked)
-        for part in (stacked, [np.outer(t, t) for t in stacked], [np.outer(t, t) for t in centred])
-    )
-
-
-def assert_moments(moments, images, **tolerance):
-    mean, second, centred = naive_moments(images)
-    np.testing.assert_allclose(moments.mean, mean, **tolerance)
-    np.testing.assert_allclose(moments.second, second, **tolerance)
-    np.testing.assert_allclose(moments.centred, centred, **tolerance)
-    covariance = second - np.outer(mean, mean)
-    np.testing.assert_allclose(moments.covariance, covariance, **tolerance)
-
-
-def test_moments_of_padded_sequences_add_up():
-    x = structured_tokens(20, images=5, length=6)
-    lengths = [6, 1, 3, 6, 0]
-    mask = np.arange(6) < np.array(lengths)[:, None]
-    x[~mask] = np.nan
-    moments = convert.InputMoments.of(x[:2], mask[:2]) + convert.InputMoments.of(x[2:], mask[2:])
-    assert moments.tokens == 16
-    assert_moments(moments, [row[:n] for row, n in zip(x, lengths, strict=True) if n], atol=1e-12)
-
-
-def test_a_large_mean_costs_no_digits():
-    x = structured_tokens(21, images=20) * 1e-4
-    moments = convert.InputMoments.of(x + 1e3)
-    np.testing.assert_allclose(moments.centred, convert.InputMoments.of(x).centred, atol=1e-17)
-
-
-@pytest.fixture(scope="module")
-def mha():
-    model = helpers.tiny_vit("mha")
-    params = helpers.vit_variables(model)["params"]
-    images = helpers.images(5) + 0.5
-    return (
-        model,
-        params,
-        images,
-        convert.gather_moments(model, {"params": params}, images, batch_size=2),
-    )
-
-
-def test_moments_of_a_model_equal_a_naive_pass(mha):
-    """Five images in batches of two: one of padding."""
-    _, params, images, moments = mha
-    inputs = []
-    helpers.naive_vit(images, params, np.arange(N), patch=4, inputs=inputs)
-    assert list(moments) == ["blocks_0", "blocks_1"]
-    for (name, found), expected in zip(moments.items(), inputs, strict=True):
-        assert found.tokens == 25, name
-        assert_moments(found, list(expected), atol=2e-5)
-
-
-def test_both_layouts_of_layers_give_the_same(mha):
-    model, params, images, moments = mha
-    stacked = layers.stack_layers(params)
-    scanned = convert.gather_moments(
-        model.clone(scan_layers=True), {"params": stacked}, images, batch_size=5
-    )
-    for name in moments:
-        np.testing.assert_allclose(scanned[name].centred, moments[name].centred, atol=2e-5)
-    one, said = convert.to_merged(params, 3, moments)
-    two, again = convert.to_merged(stacked, 3, moments)
-    jax.tree.map(np.testing.assert_array_equal, layers.unstack_layers(two), one)
-    np.testing.assert_array_equal(said["blocks_1"].keys_kept, again["blocks_1"].keys_kept)
-    grouped = jax.eval_shape(lambda p: convert.to_grouped(p, 3), params)
-    assert jax.tree.map(np.shape, one) == jax.tree.map(np.shape, grouped)
-    assert all(x.dtype == np.float32 for x in jax.tree.leaves(one))
-
-
-@pytest.mark.parametrize("calibrated", [True, False])
-def test_every_layer_goes_by_its_own_moments(mha, calibrated):
-    _, params, _, moments = mha
-    merged, said = convert.to_merged(params, 2, moments if calibrated else None)
-    for name in ("blocks_0", "blocks_1"):
-        norm = params[name]["norm1"]
-        own = convert.data_free_moments(norm["scale"], norm["bias"])
-        own = moments[name] if calibrated else own
-        expected = convert.merge_heads(params[name]["attn"], 2, own)
-        helpers.assert_trees_close(merged[name]["attn"], as_float32(expected.attention), atol=0)
-        np.testing.assert_array_equal(said[name].key_lost, expected.key_lost)
-        for kept in ("norm1", "norm2", "mlp"):
-            assert merged[name][kept] is params[name][kept]
-
-
-def test_a_model_keeps_its_logits_where_heads_are_of_low_rank(mha):
-    """The whole model, 6 to 3 heads, calibrated and without data."""
-    model, params, images, _ = mha
-    params = jax.tree.map(np.asarray, params)
-    for i in range(2):
-        attention = jax.tree.map(np.array, params[f"blocks_{i}"]["attn"])
-        attention = as_float32(of_low_rank(attention, 3, seed=i))
-        params = {**params, f"blocks_{i}": {**params[f"blocks_{i}"], "attn": attention}}
-    expected = helpers.naive_vit(images, params, np.arange(N), patch=4)
-    gathered = convert.gather_moments(model, {"params": params}, images, batch_size=2)
-    for moments in (gathered, None):
-        merged, said = convert.to_merged(params, 3, moments)
-        logits = helpers.naive_vit(images, merged, np.repeat(np.arange(3), 2), patch=4)
-        np.testing.assert_allclose(logits, expected, atol=1e-4)
-        assert all(m.keys_kept.min() > 1 - 1e-6 for m in said.values())
 
 
 # --- a BERT encoder's attention -----------------------------------------------------------------
@@ -591,77 +347,3 @@ def test_attention_of_bert_keeps_its_output():
         new[f"self.{name}.bias"] = merged[name]["bias"].reshape(-1)
     before, after = (naive_bert_attention(x, mask, w, N) for w in (weights, new))
     np.testing.assert_allclose(after[mask], before[mask], atol=1e-5)
-
-
-# --- as conversion does it ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def source(mha, tmp_path_factory):
-    """A model directory with the parameters of `mha`."""
-    _, params, _, _ = mha
-    path = tmp_path_factory.mktemp("source") / "model"
-    description = {
-        "model": {"name": "mu/4", "attention": "mha", **helpers.TINY},
-        "channels": 1,
-        "class_names": [str(i) for i in range(5)],
-        "preprocessing": {"mean": [0.5], "std": [0.5]},
-    }
-    checkpoint.save_model(path, {"params": params}, description)
-    return path
-
-
-def test_conversion_with_calibration_images(source, mha, tmp_path):
-    _, params, images, moments = mha
-    converted = convert.load(
-        source, attention="gqa", num_kv_heads=3, pooling="svd", calibration=images
-    )
-    expected, merged = convert.to_merged(params, 3, moments)
-    helpers.assert_trees_close(converted.variables["params"], expected, atol=1e-3)
-    note = converted.report.notes[-1]
-    least = merged["blocks_1"].keys_kept.min()
-    assert "heads merged by svd, calibrated with 5 images" in note
-    assert f"1: {least:.1%} of keys" in note
-    converted.save(tmp_path / "model")
-    told = json.loads((tmp_path / "model" / "model.json").read_text())["converted"]
-    np.testing.assert_allclose(
-        told["energy_kept"]["blocks_1"]["keys"], merged["blocks_1"].keys_kept, atol=1e-4
-    )
-    how = {row["parameter"]: row["how"] for row in told["parameters"]}
-    assert "merged 6 to 3 heads (svd)" in how["blocks_0..1/attn/key/kernel"]
-    assert "adapted to merged heads (svd)" in how["blocks_0..1/attn/out/bias"]
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_conversion_without_data_says_so(source, mha, rule):
-    _, params, _, _ = mha
-    converted = convert.load(source, attention="gqa", num_kv_heads=2, pooling=rule)
-    expected, _ = convert.to_merged(params, 2, None, rule)
-    helpers.assert_trees_close(converted.variables["params"], expected, atol=1e-6)
-    assert f"heads merged by {rule}, without data" in converted.report.notes[-1]
-
-
-@pytest.mark.parametrize("attention", helpers.GROUPED)
-def test_variants_that_send_query_heads_elsewhere_are_warned_about(source, attention):
-    notes = convert.load(source, attention=attention, num_kv_heads=3, pooling="svd").report.notes
-    moves = attention in ("kdgqa", *helpers.DGQA)
-    assert any("no longer matches it" in note and attention in note for note in notes) == moves
-    pooled = convert.load(source, attention=attention, num_kv_heads=3).report.notes
-    assert not any("no longer" in note for note in pooled)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"calibration": helpers.images(2, side=12)}, r"must be \(n, 8, 8, 1\), got shape \(2, 12"),
-        ({"calibration": helpers.images(2, channels=3)}, r"must be \(n, 8, 8, 1\)"),
-        ({"calibration": helpers.images(0)}, "calibration images must be"),
-        ({"calibration": helpers.images(2)[0]}, "calibration images must be"),
-        ({"calibration": helpers.images(2) * np.nan}, "NaN or infinity"),
-        ({"calibration": helpers.images(2), "pooling": "mean"}, "'mean' takes no calibration"),
-        ({"pooling": "sdv"}, "unknown pooling 'sdv': did you mean 'svd'"),
-    ],
-)
-def test_bad_conversions_are_refused(source, options, message):
-    with pytest.raises(UserError, match=message):
-        convert.load(source, **{"attention": "gqa", "pooling": "svd", **options})

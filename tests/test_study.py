@@ -16,9 +16,9 @@ from kdgqa_jax import config, report, study
 from kdgqa_jax.errors import UserError
 
 FIELDS = {
-    "variant", "seed", "stage", "top1", "top5", "loss", "num_params", "num_kv_params", "num_heads",
-    "num_kv_heads", "steps", "seconds", "allocation", "idle_kv_heads", "config", "versions",
-    "device",
+    "entry", "variant", "rule", "seed", "stage", "top1", "top5", "loss", "num_params",
+    "num_kv_params", "num_heads", "num_kv_heads", "steps", "seconds", "allocation",
+    "idle_kv_heads", "config", "versions", "device",
 }  # fmt: skip
 OVERRIDES = [
     *(f"--config.{stage}.epochs=0.2" for stage in ("pretrain", "uptrain", "finetune")),
@@ -52,10 +52,14 @@ def workdir(tmp_path_factory):
 @pytest.mark.slow
 def test_records(workdir):
     records = json.loads((workdir / "report" / "results.json").read_text())
-    stages = [(r["variant"], r["stage"]) for r in records]
+    stages = [(r["variant"], r["rule"], r["stage"]) for r in records]
     assert stages == [
-        ("mha", "pretrained"),
-        *((variant, stage) for variant in ("gqa", "kdgqa") for stage in report.AFTER_CONVERSION),
+        ("mha", "", "pretrained"),
+        *(
+            (variant, "mean", stage)
+            for variant in ("gqa", "kdgqa")
+            for stage in ("converted", "uptrained", "finetuned")
+        ),
     ]
     for record in records:
         assert set(record) >= FIELDS
@@ -117,6 +121,36 @@ def test_killed_demo_goes_on_and_ends_with_the_same_figures(workdir, tmp_path):
     assert figures(tmp_path) == figures(workdir)
 
 
+@pytest.mark.slow
+def test_rules_of_conversion_and_lengths_of_uptraining(tmp_path):
+    settings = tiny_study(
+        variants=("gqa@svd+refit",), calibration_images=16, uptrain_steps=("2",), num_kv_heads=2
+    )
+    settings.pretrain.epochs, settings.finetune.epochs = 0.1, 0.0
+    records = study.run_study(settings, tmp_path)
+    assert [(r["entry"], r["rule"], r["stage"], r["steps"]) for r in records[1:]] == [
+        ("gqa (svd+refit)", "svd+refit", "converted", 0),
+        ("gqa (svd+refit)", "svd+refit", "uptrained 2", 2),
+    ]
+    model = json.loads((tmp_path / "seed42/gqa@svd+refit/converted/model/model.json").read_text())
+    notes = " ".join(model["converted"]["notes"])
+    assert "calibrated with 16 images" in notes and "refitted with 16 images" in notes
+    table = (tmp_path / "report" / "results.md").read_text()
+    assert "| gqa (svd+refit) | 8 | 2 |" in table and "uptrained 2: 2 steps more" in table
+
+
+def test_differences_are_paired_by_seed():
+    top1 = {"gqa": (50.0, 60.0, 90.0), "gqa (svd)": (51.0, 63.0, 95.0)}
+    records = [
+        {"entry": entry, "seed": seed, "stage": "converted", "top1": value}
+        for entry, values in top1.items()
+        for seed, value in enumerate(values)
+    ]
+    mean, interval = report.paired_difference(records, "gqa (svd)", "gqa", "converted")
+    assert mean == 3.0
+    assert interval == pytest.approx(4.302653 * 2 / np.sqrt(3), rel=1e-5)  # of 1, 3 and 5
+
+
 def test_interval_is_students():
     mean, interval = report.mean_and_interval([1.0, 2.0, 3.0])
     assert mean == 2.0
@@ -130,6 +164,13 @@ def test_interval_is_students():
         ({"variants": ("gqa", "kdqga")}, "unknown attention variant 'kdqga': did you mean 'kdgqa'"),
         ({"variants": ("mha", "mhsa")}, "names one of them twice"),
         ({"pooling": "avg"}, "unknown pooling 'avg'"),
+        ({"variants": ("gqa@svf",)}, "unknown pooling 'svf': did you mean 'svd'"),
+        ({"variants": ("gqa@svd+fre",)}, "option of the rule 'svd.fre' 'fre': did you mean 'free'"),
+        ({"variants": ("gqa@mean+free",)}, "mean never takes data"),
+        ({"variants": ("mha@svd",)}, "mha keeps all heads; leave '@svd' out"),
+        ({"variants": ("gqa", "gqa@mean")}, "names one of them twice"),
+        ({"calibration_images": 0}, "calibration_images=0 must be at least 1"),
+        ({"uptrain_steps": ("50", "many")}, "must be different numbers of steps"),
         ({"num_kv_heads": 3}, "does not divide the 8 query heads"),
         ({"seeds": 0}, "must not be empty"),
     ],

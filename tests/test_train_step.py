@@ -216,7 +216,7 @@ def test_meshes_that_do_not_fit_are_refused(fsdp, model):
 
 def compare_meshes() -> dict[str, dict]:
     """For every variant: how far `MESH` is from one device."""
-    one = jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     found = {}
     for attention in helpers.VARIANTS:
         heads = {} if attention == "mha" else {"model.num_kv_heads": 2}

@@ -68,7 +68,7 @@ def count(name, **options) -> int:
 
 
 def test_every_size_is_pinned():
-    assert set(vit.SIZES) == {name.removesuffix("/16") for name in TIMM_COUNTS} | {"mu"}
+    assert set(vit.SIZES) == {name.removesuffix("/16") for name in TIMM_COUNTS} | {"mu", "mini"}
     assert {name for name, _ in GQA_COUNTS} == set(TIMM_COUNTS)
 
 
@@ -349,7 +349,7 @@ def test_importing_the_package_is_light():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("X/16", {}, "unknown model 'X/16': .*valid: mu/PATCH, Ti/PATCH, S/PATCH"),
+        ("X/16", {}, "unknown model 'X/16': .*valid: mu/PATCH, mini/PATCH, Ti/PATCH"),
         ("B16", {}, "unknown model 'B16'"),
         ("mu/2", {"num_kv_head": 4}, "option 'num_kv_head': did you mean 'num_kv_heads'"),
         ("mu/2", {"kernel_init": None}, "unknown model option 'kernel_init'"),

@@ -5,30 +5,37 @@
     converted.save("vit_base_kdgqa")     # a model directory
 
 files.py reads arrays, layouts.py knows what each framework calls them, inference.py finds out the
-architecture, adapt.py changes sizes, pooling.py groups heads, merging.py does so with less loss, by
-moments.py that calibration.py gathers; loading.py puts them together, and exporting.py goes
-back to PyTorch names.
+architecture, adapt.py changes sizes. heads.py makes fewer key/value heads: pooling.py pools them,
+merging.py does so with less loss, by moments.py that calibration.py gathers, and refitting.py lets
+the output projections follow. loading.py puts all together, and exporting.py goes back to PyTorch
+names.
 """
 
 from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed
 from kdgqa_jax.convert.calibration import gather_moments
+from kdgqa_jax.convert.calibration_images import CalibrationImages
 from kdgqa_jax.convert.exporting import export, to_pytorch
+from kdgqa_jax.convert.heads import Grouped, group_heads
 from kdgqa_jax.convert.loading import Converted, load
 from kdgqa_jax.convert.merging import (
     MERGING,
     Merged,
     balance_heads,
     merge_heads,
-    refit_output,
     to_merged,
 )
 from kdgqa_jax.convert.moments import InputMoments, data_free_moments
 from kdgqa_jax.convert.pooling import POOLING, pool_heads, to_grouped
+from kdgqa_jax.convert.refitting import refit_output, refit_outputs
+from kdgqa_jax.convert.suggesting import SUGGESTION_HEADER, suggest_kv_heads
 
 __all__ = [
     "MERGING",
     "POOLING",
+    "SUGGESTION_HEADER",
+    "CalibrationImages",
     "Converted",
+    "Grouped",
     "InputMoments",
     "Merged",
     "adapt_input_channels",
@@ -36,11 +43,14 @@ __all__ = [
     "data_free_moments",
     "export",
     "gather_moments",
+    "group_heads",
     "load",
     "merge_heads",
     "pool_heads",
     "refit_output",
+    "refit_outputs",
     "resize_pos_embed",
+    "suggest_kv_heads",
     "to_grouped",
     "to_merged",
     "to_pytorch",

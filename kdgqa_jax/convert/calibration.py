@@ -4,7 +4,7 @@ L  layers    B  batch    T  tokens    D  model width
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -84,25 +84,39 @@ def gather_moments(
     Raises:
       UserError: no images, or images of another size than the model's.
     """
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    step = make_moments_step(model, mesh)
+    variables = jax.device_put(variables, sharding.replicated(mesh))
+    length = model.grid[0] * model.grid[1] + model.num_prefix_tokens
+    moments: dict[str, InputMoments] = {}
+    for batch in padded_batches(images, batch_size, mesh):
+        mask = np.asarray(batch["mask"])
+        sums = jax.device_get(step(variables, batch))
+        for name, layer in layers.unstack_layers(sums).items():
+            kept = moments.setdefault(name, InputMoments.empty(model.width))
+            kept.add_images(mask * length, layer["means"], layer["within"])
+    return moments
+
+
+def padded_batches(
+    images: np.ndarray, batch_size: int, mesh: jax.sharding.Mesh
+) -> Iterator[dict[str, Array]]:
+    """Batches of one size: "image", split over the mesh, and "mask" (B,) bool, False for padding.
+
+    Raises UserError: no images, or an array of another rank than NHWC.
+    """
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or not len(images):
         raise UserError(
             f"calibration images must be (n, height, width, channels), got shape {images.shape}"
         )
-    mesh = sharding.make_mesh() if mesh is None else mesh
     devices = mesh.shape["data"]
     batch_size = -(-min(batch_size, len(images)) // devices) * devices
-    step = make_moments_step(model, mesh)
-    variables = jax.device_put(variables, sharding.replicated(mesh))
-    length = model.grid[0] * model.grid[1] + model.num_prefix_tokens
-    moments: dict[str, InputMoments] = {}
     for start in range(0, len(images), batch_size):
         chunk = images[start : start + batch_size]
-        mask = np.arange(batch_size) < len(chunk)
         padding = np.zeros((batch_size - len(chunk), *chunk.shape[1:]), np.float32)
-        batch = {"image": np.concatenate([chunk, padding]), "mask": mask}
-        sums = jax.device_get(step(variables, sharding.put_batch(batch, mesh)))
-        for name, layer in layers.unstack_layers(sums).items():
-            kept = moments.setdefault(name, InputMoments.empty(model.width))
-            kept.add_images(mask * length, layer["means"], layer["within"])
-    return moments
+        batch = {
+            "image": np.concatenate([chunk, padding]),
+            "mask": np.arange(batch_size) < len(chunk),
+        }
+        yield sharding.put_batch(batch, mesh)

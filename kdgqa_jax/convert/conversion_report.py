@@ -15,7 +15,7 @@ class Entry:
 
 
 class ConversionReport:
-    """An entry for every parameter, what was left over in the source, and remarks."""
+    """An entry for every parameter, what was left over in the source, remarks and warnings."""
 
     HEADER = ("parameter", "shape", "from", "how")
 
@@ -24,6 +24,7 @@ class ConversionReport:
         self.entries: dict[str, Entry] = {}
         self.left_over: list[str] = []
         self.notes: list[str] = []
+        self.warnings: list[str] = []
         self.energy_kept: dict[str, dict[str, list[float]]] = {}  # of merged heads, by layer
 
     def add(self, name: str, source: str, *how: str) -> None:
@@ -65,13 +66,14 @@ class ConversionReport:
         lines = [
             f"{name} {shape}: {source or '-'}, {how}" for name, shape, source, how in self.rows()
         ]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *self.notes, *self.warnings])
 
     def to_json(self) -> dict[str, Any]:
         """What a model directory keeps."""
         rows = [dict(zip(self.HEADER, row, strict=True)) for row in self.rows()]
         told = {"source": self.source, "notes": self.notes, "parameters": rows}
-        return {**told, "energy_kept": self.energy_kept} if self.energy_kept else told
+        more = {"warnings": self.warnings, "energy_kept": self.energy_kept}
+        return told | {name: value for name, value in more.items() if value}
 
 
 def _span(numbers: list[int]) -> str:

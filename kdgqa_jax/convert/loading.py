@@ -11,16 +11,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kdgqa_jax import checkpoint, layers, vit, workdir
-from kdgqa_jax.attention import VARIANTS, variant_name
-from kdgqa_jax.convert import calibration as calibrating
-from kdgqa_jax.convert import files
+from kdgqa_jax.attention import variant_name
+from kdgqa_jax.convert import files, heads
 from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed
+from kdgqa_jax.convert.calibration_images import CalibrationImages
 from kdgqa_jax.convert.conversion_report import ConversionReport
 from kdgqa_jax.convert.foreign import Loaded, load_foreign
-from kdgqa_jax.convert.merging import MERGING, Merged, to_merged
-from kdgqa_jax.convert.pooling import POOLING, to_grouped
 from kdgqa_jax.data.images import Preprocessing
-from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.errors import UserError
 from kdgqa_jax.version import versions
 
 
@@ -44,7 +42,8 @@ def load(
     attention: str | None = None,
     num_kv_heads: int | None = None,
     pooling: str = "mean",
-    calibration: np.ndarray | None = None,
+    calibration: np.ndarray | CalibrationImages | None = None,
+    refit: bool = False,
     seed: int = 0,
     image_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
@@ -64,9 +63,11 @@ def load(
       attention: a name in `attention.VARIANTS`; None: that of the source.
       num_kv_heads: K; None: that of a grouped source, else N for `mha` and N/2 for the others.
       pooling: how key/value heads are pooled, a name in `POOLING`, or merged, one in `MERGING`.
-      calibration: (n, height, width, channels) float32, normalised, of the size of the result:
-        images to merge by; the source's own layers say what they see of them. None: without data,
-        by weights and norm scales alone.
+      calibration: images to merge or refit by; the source's own layers say what they see of them:
+        (n, height, width, channels) float32, normalised, of the size of the result, or where to
+        take them from. None: without data, by weights and norm scales alone.
+      refit: solve for the output projections, layer after layer, so that the residual stream
+        follows that of the source; needs calibration images.
       seed: of random pooling and of what starts anew.
       image_size: side in pixels or (height, width); the position embedding is resized. None: that
         of the source.
@@ -102,7 +103,9 @@ def load(
     _fit_head(loaded, before, model)
     _fit_images(loaded, before, model, channels)
     _fit_preprocessing(loaded, mean, std)
-    _fit_kv_heads(loaded, before, model, pooling, seed, calibration)
+    heads.check_pooling(pooling, calibration is not None, refit)
+    images = _calibration_images(loaded, model, calibration)
+    _fit_kv_heads(loaded, before, model, pooling, seed, images, refit)
     _fit_norm_stats(loaded, before, model)
     for path, x in {**loaded.params, **loaded.norm_stats}.items():
         loaded.report.entries[path].shape = x.shape
@@ -269,98 +272,59 @@ def _fit_preprocessing(
         )
 
 
+def _calibration_images(
+    loaded: Loaded, model: vit.VisionTransformer, calibration: np.ndarray | CalibrationImages | None
+) -> np.ndarray | None:
+    """(n, height, width, channels) float32, normalised, of the size of the result."""
+    channels = loaded.description["channels"]
+    if isinstance(calibration, CalibrationImages):
+        preprocessing = Preprocessing(**loaded.description["preprocessing"])
+        images = calibration.read(model.image_shape, channels, preprocessing)
+        loaded.report.notes.append(
+            f"calibration images: {len(images)} of {calibration.place}, seed {calibration.seed}"
+        )
+        return images
+    if calibration is None:
+        return None
+    expected = (*model.image_shape, channels)
+    shape = np.shape(calibration)
+    if len(shape) != 4 or shape[1:] != expected or not shape[0]:
+        raise UserError(
+            f"calibration images must be (n, {', '.join(map(str, expected))}), got shape {shape}"
+        )
+    if not np.isfinite(calibration).all():
+        raise UserError("calibration images hold NaN or infinity")
+    return calibration
+
+
 def _fit_kv_heads(
     loaded: Loaded,
     before: vit.VisionTransformer,
     model: vit.VisionTransformer,
     pooling: str,
     seed: int,
-    calibration: np.ndarray | None,
+    images: np.ndarray | None,
+    refit: bool,
 ) -> None:
-    if calibration is not None and pooling not in MERGING:
-        raise UserError(
-            f"pooling {pooling!r} takes no calibration images; {' and '.join(MERGING)} do"
-        )
-    if pooling not in (*POOLING, *MERGING):
-        raise unknown("pooling", pooling, (*POOLING, *MERGING))
-    have, want = before.attention["num_kv_heads"], model.attention["num_kv_heads"]
-    if have == want:
-        return
-    params = unflatten_dict(loaded.params, sep="/")
-    if pooling in MERGING:
-        params = _merge(loaded, before, model, params, pooling, calibration)
-        how = f"merged {have} to {want} heads ({pooling})"
-        for name in loaded.params:
-            if "/attn/query/" in name or "/attn/out/" in name:
-                loaded.report.changed(name, f"adapted to merged heads ({pooling})")
-    else:
-        params = to_grouped(params, want, pooling, seed)
-        how = f"pooled {have} to {want} heads ({pooling})"
-    loaded.params = flatten_dict(jax.device_get(params), sep="/")
-    for name in loaded.params:
-        if "/attn/key/" in name or "/attn/value/" in name:
-            loaded.report.changed(name, how)
-
-
-def _merge(
-    loaded: Loaded,
-    before: vit.VisionTransformer,
-    model: vit.VisionTransformer,
-    params: dict[str, Any],
-    rule: str,
-    calibration: np.ndarray | None,
-) -> dict[str, Any]:
-    """`to_merged`, and what the report says about it."""
-    moments, by = None, "without data, by weights and norm scales"
-    if calibration is not None:
-        moments = _moments(loaded, before, model, params, calibration)
-        by = f"calibrated with {len(calibration)} images"
-    params, merged = to_merged(params, model.attention["num_kv_heads"], moments, rule)
-    loaded.report.energy_kept = {
-        name: {"keys": layer.keys_kept.tolist(), "values": layer.values_kept.tolist()}
-        for name, layer in merged.items()
-    }
-    loaded.report.notes.append(f"heads merged by {rule}, {by}; {_energy_kept(merged)}")
-    attention = model.attention["attention"]
-    if VARIANTS[attention].rule is not None:
-        loaded.report.notes.append(
-            f"{rule} fits each query head to the key/value head of its own group: a query head that"
-            f" {attention} sends to another group's no longer matches it"
-        )
-    return params
-
-
-def _energy_kept(merged: dict[str, Merged]) -> str:
-    layers_kept = [
-        f"{name.removeprefix('blocks_')}: {layer.keys_kept.min():.1%} of keys,"
-        f" {layer.values_kept.min():.1%} of values"
-        for name, layer in merged.items()
-    ]
-    return f"energy kept by layer, least over its groups: {'; '.join(layers_kept)}"
-
-
-def _moments(
-    loaded: Loaded,
-    before: vit.VisionTransformer,
-    model: vit.VisionTransformer,
-    params: dict[str, Any],
-    images: np.ndarray,
-) -> dict[str, calibrating.InputMoments]:
-    """Of the inputs of the source's layers, once it is fitted to the images of the result."""
-    height, width = model.image_shape
-    expected = (height, width, loaded.description["channels"])
-    if np.ndim(images) != 4 or np.shape(images)[1:] != expected or not len(images):
-        raise UserError(
-            f"calibration images must be (n, {', '.join(map(str, expected))}), got shape"
-            f" {np.shape(images)}"
-        )
-    if not np.isfinite(images).all():
-        raise UserError("calibration images hold NaN or infinity")
-    variables = {"params": params}
+    """`heads.group_heads`, and what the report says about it."""
+    variables = {"params": unflatten_dict(loaded.params, sep="/")}
     if loaded.norm_stats:
         variables["norm_stats"] = unflatten_dict(loaded.norm_stats, sep="/")
     source = model.clone(attention=before.attention, scan_layers=False)
-    return calibrating.gather_moments(source, variables, images)
+    unrolled = model.clone(scan_layers=False)
+    grouped = heads.group_heads(
+        source, variables, unrolled, pooling, seed=seed, images=images, refit=refit
+    )
+    loaded.params = flatten_dict(jax.device_get(grouped.params), sep="/")
+    report = loaded.report
+    report.energy_kept = grouped.energy_kept
+    report.notes += grouped.notes
+    report.warnings += grouped.warnings
+    for name in loaded.params:
+        _, _, projection = name.rpartition("/attn/")
+        how = grouped.how.get(projection.split("/")[0])
+        if how:
+            report.changed(name, how)
 
 
 def _fit_norm_stats(

@@ -331,52 +331,6 @@ def _check_moments(moments: InputMoments, width: int) -> None:
         raise UserError("the moments to merge heads by hold NaN or infinity; check the images")
 
 
-# --- after merging ------------------------------------------------------------------------------
-
-
-def refit_output(
-    kernel: np.ndarray,
-    bias: np.ndarray,
-    inputs: np.ndarray,
-    cross: np.ndarray,
-    input_mean: np.ndarray,
-    target_mean: np.ndarray,
-    strength: float = 1e-3,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ridge regression of a target on the outputs of the heads, towards the present weights.
-
-    Minimises E|y - W^T a - b|^2 + r |W - W_o|^2 over W and b, where a is all heads' output before
-    the output projection and y the residual update that is wanted.
-
-    Args:
-      kernel: W_o (N, H, D).
-      bias: (D,); takes part in nothing but the dtype: b is free.
-      inputs: E[a a^T], (N*H, N*H).
-      cross: E[a y^T], (N*H, D).
-      input_mean: E[a], (N*H,).
-      target_mean: E[y], (D,).
-      strength: r as a share of the mean variance of a. Larger ones stay nearer to W_o.
-
-    Returns:
-      (kernel (N, H, D), bias (D,)) in float64.
-
-    Raises:
-      UserError: a strength that is not positive.
-    """
-    if not strength > 0.0:
-        raise UserError(f"strength={strength} of the ridge regression must be positive")
-    inputs, cross, input_mean, target_mean, old = (
-        np.asarray(x, np.float64) for x in (inputs, cross, input_mean, target_mean, kernel)
-    )
-    size = len(input_mean)
-    covariance = inputs - np.outer(input_mean, input_mean)
-    wanted = cross - np.outer(input_mean, target_mean)
-    ridge = strength * (np.trace(covariance) / size or 1.0)
-    old = old.reshape(size, -1)
-    new = np.linalg.solve(covariance + ridge * np.eye(size), wanted + ridge * old)
-    return new.reshape(kernel.shape), target_mean - input_mean @ new
-
-
 # --- all layers of a ViT ------------------------------------------------------------------------
 
 
