@@ -209,15 +209,15 @@ def test_a_disk_that_is_full_is_told_and_older_checkpoints_stay(config_file, who
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    # The next checkpoint does not fit, then the model itself.
-    for flag, what in (("--config.checkpoint_every=1", "a checkpoint in"), ("", "model")):
-        process = start(config_file, workdir, *filter(None, [flag]), preexec_fn=limit)
+    # The first checkpoint does not fit; where only the end is left, nor does the model.
+    for place, what in ((tmp_path / "new", "a checkpoint in"), (workdir, "model")):
+        process = start(config_file, place, preexec_fn=limit)
         _, err = process.communicate(timeout=300)
         assert process.returncode == 1
         last = err.strip().splitlines()[-1]
         assert last.startswith("kdgqa train: ") and what in last and "File too large" in last
         assert "cannot be written (" in last
-        assert sorted(p.name for p in (workdir / "checkpoints").glob("[0-9]*")) == ["28"]
+    assert [p.name for p in (workdir / "checkpoints").glob("[0-9]*")] == ["28"]
     assert not (workdir / "result.json").exists()
     finish(start(config_file, workdir))
     assert_same_run(workdir, whole)
