@@ -1,6 +1,7 @@
 """Training: pretraining, uptraining and fine-tuning are one loop with different configs."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import time
@@ -32,6 +33,7 @@ MAY_CHANGE = (
     "keep_checkpoints",
     "log_every",
     "logs",
+    "on_nonfinite",
 )
 """Fields that may change when a run goes on: they change nothing in what it computes."""
 
@@ -108,6 +110,20 @@ def train_and_evaluate(
         dataset.train, config.batch_size, config.seed, mesh, data.workers, data.on_device
     )
 
+    init_rng, step_rng = jax.random.split(jax.random.key(config.seed))
+
+    def begin(variables: dict[str, Any]) -> TrainState:
+        return init_state(variables, config, step_rng)
+
+    def begin_anew() -> TrainState:
+        return begin({"norm_stats": {}, **vit.init_variables(model, init_rng, channels)})
+
+    shapes = jax.eval_shape(begin_anew)
+    shardings = sharding.by_rules(shapes, mesh)
+    if start.variables is not None:
+        like = {"params": shapes.params, "norm_stats": shapes.norm_stats}
+        starting.check_shapes(config.init, start.variables, like)
+
     # --- Workdir --------------------------------------------------------------------------------
     first_process = jax.process_index() == 0
     workdir = pathlib.Path(
@@ -119,16 +135,6 @@ def train_and_evaluate(
         return workdir_lib.read_json(workdir / "result.json")
 
     # --- State: new, from another model, or resumed ---------------------------------------------
-    init_rng, step_rng = jax.random.split(jax.random.key(config.seed))
-
-    def begin(variables: dict[str, Any]) -> TrainState:
-        return init_state(variables, config, step_rng)
-
-    def begin_anew() -> TrainState:
-        return begin({"norm_stats": {}, **vit.init_variables(model, init_rng, channels)})
-
-    shapes = jax.eval_shape(begin_anew)
-    shardings = sharding.by_rules(shapes, mesh)
     checkpoints = checkpoint.StateCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
     restored = checkpoints.restore(checkpoint.abstract(shapes, shardings))
     seconds_before = 0.0
@@ -139,14 +145,13 @@ def train_and_evaluate(
         if int(state.step) < num_steps:
             say(f"{title}: going on from step {int(state.step)} of {num_steps}")
     elif start.variables is not None:
-        like = {"params": shapes.params, "norm_stats": shapes.norm_stats}
-        starting.check_shapes(config.init, start.variables, like)
         state = jax.jit(begin, out_shardings=shardings)(start.variables)
         for line in start.told:
             say(f"{title}: {line}")
         processes.on_first_process(lambda: starting.write(start, workdir))
     else:
         state = jax.jit(begin_anew, out_shardings=shardings)()
+    start = dataclasses.replace(start, variables=None)  # frees them
 
     # --- Loop -----------------------------------------------------------------------------------
     train_step = make_train_step(model, step_config(config), num_steps, mesh)
