@@ -9,7 +9,6 @@ import gc
 import logging
 import os
 import pathlib
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -129,10 +128,16 @@ class StateCheckpoints:
         os.replace(self.directory / str(step), aside)
 
     def __enter__(self) -> "StateCheckpoints":
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_quiet())  # saves that fail are told by us
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Wait for saves under way. Raises UserError if one of them failed."""
+        with self._quiet:
+            self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
         if error is None:
             with self._told("written"):
                 self._checkpointer.close()
@@ -147,10 +152,11 @@ class StateCheckpoints:
         except UserError:
             raise
         except Exception as error:
-            if jax.process_count() > 1 and not _reason(str(error)):
-                raise  # not the disk, but another process
+            reason = _one_line(error)
+            if jax.process_count() > 1 and reason not in _DISK:
+                raise  # another process
             raise UserError(
-                f"a checkpoint in {self.directory} cannot be {what} ({_one_line(error)}); older"
+                f"a checkpoint in {self.directory} cannot be {what} ({reason}); older"
                 " ones are as they were; free space or change permissions, then run this again"
             ) from None
 
@@ -169,25 +175,16 @@ def _checksum(state: Any) -> jax.Array:
     return total
 
 
-_REASONS = (
-    "No space left on device",
-    "File too large",
-    "Permission denied",
-    "Read-only file system",
-)
-_REASONS += ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE")
-
-
-def _reason(text: str) -> re.Match | None:
-    return re.search("|".join(_REASONS), text)
+_DISK = ("No space left on device", "File too large", "Permission denied", "Read-only file system")
+_DATA = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE")  # what TensorStore begins with
 
 
 def _one_line(error: Exception) -> str:
     """The part of a long message that tells what happened."""
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
-    known = _reason(text)
-    where = known.start() if known else 0
-    return f"{type(error).__name__}: {text[where : where + 160]}"
+    disk = next((reason for reason in _DISK if reason in text), None)
+    start = min((text.find(reason) for reason in _DATA if reason in text), default=0)
+    return disk or f"{type(error).__name__}: {text[start : start + 160]}"
 
 
 @contextlib.contextmanager
