@@ -432,7 +432,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Preempted as stop:
         print(f"kdgqa {arguments.command}: {stop}; the same command goes on", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        status = 128 + signal.SIGTERM
+        if getattr(arguments, "multihost", False):
+            from kdgqa_jax import processes
+
+            processes.part(status)
+        return status
     except Exception as error:
         if arguments.debug:
             raise

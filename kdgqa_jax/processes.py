@@ -69,14 +69,17 @@ def _watch() -> None:
             leave(f"process {', '.join(gone)} of this run has ended; {GONE}")
 
 
-def part() -> None:
-    """End the job in good order: the first process, whom the others watch, is the last to go."""
+def part(status: int = 0) -> None:
+    """End the job in good order: the first process, whom the others watch, is the last to go.
+
+    `status` is the exit status of the others.
+    """
     from jax.experimental import multihost_utils
 
     multihost_utils.sync_global_devices("the run has ended")
     if jax.process_index() > 0:
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(status)
     time.sleep(1.0)
 
 

@@ -181,7 +181,7 @@ def train_and_evaluate(
                 f"the checkpoint of step {newest} in {checkpoints.directory}" if newest else "none"
             )
             raise UserError(
-                f"{title}: loss or gradients of step {int(metrics['first_skipped'])} are not"
+                f"loss or gradients of step {int(metrics['first_skipped'])} are not"
                 f" finite; the run stops, and its last good state is {kept}. Likely causes: the"
                 f" learning rate {config.optim.learning_rate} is too high or has no warm-up,"
                 " gradients are not clipped, model.dtype has too little range, images are damaged;"
@@ -250,9 +250,7 @@ def train_and_evaluate(
                     checkpoints.save(step, state, position())
                 if ends:
                     checkpoints.wait()
-                    raise Preempted(
-                        f"{title}: stopped as asked; step {step} of {num_steps} is saved"
-                    )
+                    raise Preempted(f"stopped as asked; step {step} of {num_steps} is saved")
 
         # --- Result -----------------------------------------------------------------------------
         result = evaluate_now(num_steps)
