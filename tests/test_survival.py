@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -48,7 +47,7 @@ def config_file(tmp_path_factory):
     return path
 
 
-def start(config_file, workdir, *flags, arg="", devices=1, **options):
+def start(config_file, workdir, *flags, arg="", devices=1, before=()):
     """`kdgqa train` in a process of its own."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -57,13 +56,12 @@ def start(config_file, workdir, *flags, arg="", devices=1, **options):
     name = f"{config_file}:{arg}" if arg else f"{config_file}"
     command = [sys.executable, "-m", "kdgqa_jax.cli", "train", "--config", name]
     return subprocess.Popen(
-        [*command, "--workdir", str(workdir), *flags],
+        [*before, *command, "--workdir", str(workdir), *flags],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        **options,
     )
 
 
@@ -206,12 +204,9 @@ def test_a_disk_that_is_full_is_told_and_older_checkpoints_stay(config_file, who
     workdir = unfinished(whole, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "30")
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
     # The first checkpoint does not fit; where only the end is left, nor does the model.
     for place, what in ((tmp_path / "new", "a checkpoint in"), (workdir, "model")):
-        process = start(config_file, place, preexec_fn=limit)
+        process = start(config_file, place, before=["bash", "-c", 'ulimit -f 100; exec "$@"', "_"])
         _, err = process.communicate(timeout=300)
         assert process.returncode == 1
         last = err.strip().splitlines()[-1]

@@ -282,7 +282,8 @@ class _EvalRows:
         index = _global_index(row, self.batch_size, self.processes, self.process)
         real = index < len(self.split)
         item = dict(self.split[index] if real else self._padding)
-        return {**item, "mask": np.bool_(real and not item.pop("corrupt", False))}
+        corrupt = item.pop("corrupt", False)
+        return {**item, "mask": np.bool_(real and not corrupt)}
 
 
 def eval_batches(split: Split, batch_size: int) -> Sequence[Batch]:
