@@ -22,7 +22,7 @@ from orbax.checkpoint import v1 as ocp
 
 from kdgqa_jax import processes, vit, workdir
 from kdgqa_jax.console import say
-from kdgqa_jax.errors import UserError
+from kdgqa_jax.errors import UserError, one_line
 
 WEIGHTS = "weights.safetensors"
 
@@ -128,13 +128,13 @@ class StateCheckpoints:
         os.replace(self.directory / str(step), aside)
 
     def __enter__(self) -> "StateCheckpoints":
-        self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(_quiet())  # saves that fail are told by us
+        self._silence = contextlib.ExitStack()
+        self._silence.enter_context(_quiet())  # saves that fail are told by us
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Wait for saves under way. Raises UserError if one of them failed."""
-        with self._quiet:
+        with self._silence:
             self._end(error)
 
     def _end(self, error: BaseException | None) -> None:
@@ -181,7 +181,7 @@ _DATA = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE")  # what TensorStore begins wi
 
 def _one_line(error: Exception) -> str:
     """The part of a long message that tells what happened."""
-    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    text = one_line(f"{error} {error.__cause__ or ''}", None)
     disk = next((reason for reason in _DISK if reason in text), None)
     start = min((text.find(reason) for reason in _DATA if reason in text), default=0)
     return disk or f"{type(error).__name__}: {text[start : start + 160]}"
@@ -289,7 +289,7 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except Exception as error:  # a parser of damaged files raises anything
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"{path} is damaged ({type(error).__name__}: {reason})") from None
 
 

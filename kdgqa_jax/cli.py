@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kdgqa_jax.errors import Preempted, UserError, unknown
+from kdgqa_jax.errors import Preempted, UserError, one_line, unknown
 from kdgqa_jax.version import __version__
 
 
@@ -459,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 if __name__ == "__main__":

@@ -25,3 +25,8 @@ def check_rates(**rates: float) -> None:
 
 class Preempted(Exception):
     """The run was asked to end, has saved its state and can go on later."""
+
+
+def one_line(text: object, length: int | None = 200) -> str:
+    """At most `length` characters of a text, on one line: the messages of others, in ours."""
+    return " ".join(str(text).split())[:length]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kdgqa_jax import workdir
-from kdgqa_jax.errors import UserError
+from kdgqa_jax.errors import UserError, one_line
 
 Record = dict[str, Any]
 
@@ -247,7 +247,7 @@ class _WeightsAndBiases:
             )
             self._run.define_metric("*", step_metric="step")
         except Exception as error:  # of the network, of the account, of wandb itself
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(
                 f"Weights & Biases did not start ({type(error).__name__}: {reason}); log in, set"
                 " WANDB_MODE=offline, or turn it off"

@@ -18,7 +18,7 @@ import numpy as np
 
 from kdgqa_jax.data import images
 from kdgqa_jax.data.dataset import Dataset
-from kdgqa_jax.errors import UserError
+from kdgqa_jax.errors import UserError, one_line
 
 _NAME = re.compile(r"([a-z]\w*)(?:/([\w.\-]+))?(?::(\d+\.\d+\.\d+))?", re.IGNORECASE)
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -28,7 +28,7 @@ MANUAL_DIR = "downloads/manual"  # below the data directory, where tfds looks
 
 
 def _one_line(text: object, length: int = 300) -> str:
-    line = " ".join(str(text).split())
+    line = one_line(text, None)
     return line if len(line) <= length else line[:length] + "..."
 
 
