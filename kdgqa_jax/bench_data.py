@@ -42,7 +42,8 @@ def bench_data(
     Stages: PIL alone (decoding compressed images that lie in memory), read and decode, the plain
     loop (read, decode and resize, one image after the other in one process), the host pipeline
     without and with workers, transfer to the device, augmentation on the device. Those of the host
-    take turns, `ROUNDS` times, and the fastest turn counts: what else a machine does only slows.
+    take turns, `ROUNDS` times, and the time of all turns counts, so that a machine whose speed
+    drifts slows every stage alike.
 
     Returns:
       Per stage: stage, rate (images/s), ratio (to PIL alone for reading, to the plain loop for
@@ -78,7 +79,7 @@ def bench_data(
     for workers in sorted({0, data.workers}):
         stages[f"host pipeline, {workers} workers"] = partial(host_pipeline, workers)
     rounds = [{name: measure() for name, measure in stages.items()} for _ in range(ROUNDS)]
-    rates = {name: max(r[name] for r in rounds) for name in stages}
+    rates = {name: statistics.harmonic_mean(r[name] for r in rounds) for name in stages}
 
     batch = next(pipeline.TrainBatches(prepared, batch_size, config.seed))
     on_device = sharding.put_batch(batch, mesh)
@@ -124,7 +125,7 @@ def _decoding_rate(split: Any, count: int) -> float:
     for start in range(0, count, 256):  # a few at a time, whatever the size of the split
         files = [split.encoded(i) for i in range(start, min(start + 256, count))]
         rates.append(_rate(np.asarray(Image.open(io.BytesIO(f)).convert("RGB")) for f in files))
-    return statistics.mean(rates)
+    return statistics.harmonic_mean(rates)
 
 
 def _rate(items: Iterable[Any]) -> float:
