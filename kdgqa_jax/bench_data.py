@@ -1,10 +1,12 @@
 """Images per second of each stage of the input pipeline, side by side."""
 
+import contextlib
 import io
 import itertools
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -40,7 +42,8 @@ def bench_data(
     """Measure every stage on `images` training images and print a table.
 
     Stages: PIL alone (decoding compressed images that lie in memory), read and decode, the plain
-    loop (read, decode and resize, one image after the other in one process), the host pipeline
+    loop (batches as one writes them with PIL and numpy, one image after the other in one process),
+    as many such loops at once as there are workers (what the cores can give), the host pipeline
     without and with workers, transfer to the device, augmentation on the device. Those of the host
     take turns, `ROUNDS` times, and the time of all turns counts, so that a machine whose speed
     drifts slows every stage alike.
@@ -75,10 +78,21 @@ def bench_data(
     if hasattr(dataset.train, "encoded"):
         stages[PIL_ALONE] = lambda: _decoding_rate(dataset.train, count)
     stages[READ] = lambda: _rate(dataset.train[i] for i in range(count))
-    stages[PLAIN] = lambda: _rate(prepared[i] for i in range(count))
-    for workers in sorted({0, data.workers}):
-        stages[f"host pipeline, {workers} workers"] = partial(host_pipeline, workers)
-    rounds = [{name: measure() for name, measure in stages.items()} for _ in range(ROUNDS)]
+    loop = partial(_plain_loop_rate, prepared, batch_size)
+    stages[PLAIN] = lambda: loop(steps)
+    with contextlib.ExitStack() as stack:
+        if data.workers > 1:
+            spawn = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(spawn.Pool(data.workers))
+
+            def at_once(steps: int = steps) -> float:
+                return sum(pool.map(loop, [steps] * data.workers, chunksize=1))
+
+            at_once(1)  # processes start
+            stages[f"{data.workers} plain loops at once"] = at_once
+        for workers in sorted({0, data.workers}):
+            stages[f"host pipeline, {workers} workers"] = partial(host_pipeline, workers)
+        rounds = [{name: measure() for name, measure in stages.items()} for _ in range(ROUNDS)]
     rates = {name: statistics.harmonic_mean(r[name] for r in rounds) for name in stages}
 
     batch = next(pipeline.TrainBatches(prepared, batch_size, config.seed))
@@ -117,15 +131,42 @@ def bench_data(
     return results
 
 
-def _decoding_rate(split: Any, count: int) -> float:
-    """Images per second that PIL decodes from memory, as a plain loop does it."""
+def _decoded(encoded: bytes) -> Any:
+    """A PIL image."""
     from PIL import Image
 
+    return Image.open(io.BytesIO(encoded)).convert("RGB")
+
+
+def _decoding_rate(split: Any, count: int) -> float:
+    """Images per second that PIL decodes from memory, as a plain loop does it."""
     rates = []
     for start in range(0, count, 256):  # a few at a time, whatever the size of the split
         files = [split.encoded(i) for i in range(start, min(start + 256, count))]
-        rates.append(_rate(np.asarray(Image.open(io.BytesIO(f)).convert("RGB")) for f in files))
+        rates.append(_rate(np.asarray(_decoded(f)) for f in files))
     return statistics.harmonic_mean(rates)
+
+
+def _plain_loop_rate(prepared: pipeline.Prepared, batch_size: int, steps: int) -> float:
+    """Images per second of a plain loop."""
+    return batch_size * _rate(_plain_loop(prepared, batch_size, steps))
+
+
+def _plain_loop(prepared: pipeline.Prepared, batch_size: int, steps: int) -> Iterator[np.ndarray]:
+    """Batches of images in the order of the split, with PIL and numpy alone."""
+    height, width = prepared.shape
+    for step in range(steps):
+        batch = []
+        for i in range(step * batch_size, (step + 1) * batch_size):
+            i %= len(prepared)
+            if hasattr(prepared.split, "encoded"):
+                image = _decoded(prepared.split.encoded(i))
+                if image.size != (width, height):
+                    image = prepared.preprocessing.resized(image, prepared.shape)
+                batch.append(np.asarray(image))
+            else:
+                batch.append(prepared[i]["image"])
+        yield np.stack(batch)
 
 
 def _rate(items: Iterable[Any]) -> float:

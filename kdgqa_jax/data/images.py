@@ -57,6 +57,8 @@ class Preprocessing:
             scale = max(height / image.height, width / image.width)
             height, width = round(image.height * scale), round(image.width * scale)
         image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        if (height, width) == tuple(shape):
+            return image
         left, top = (width - shape[1]) // 2, (height - shape[0]) // 2
         return image.crop((left, top, left + shape[1], top + shape[0]))
 
@@ -130,8 +132,8 @@ def opened(file: Any, name: Any, channels: int = 3, upright: bool = False) -> An
 
 def to_array(image: Any) -> np.ndarray:
     """An RGB or grey PIL image as uint8 (height, width, 3 or 1)."""
-    pixels = np.asarray(image)
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+    # np.asarray(image) gives the same in twice the time.
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, -1)
 
 
 def read(
