@@ -52,6 +52,7 @@ class StateCheckpoints:
                 preservation_policy=ocp.training.preservation_policies.LatestN(keep),
                 cleanup_tmp_directories=True,
             )
+        self._saving: Any = None
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
         """Save in the background, unless this step is saved already; `position` is JSON.
@@ -62,13 +63,22 @@ class StateCheckpoints:
             return
         metadata = {**position, "checksum": int(_checksum(state))}
         with self._told("written"):
-            # Without force, a save is skipped while the one before it is under way.
-            self._checkpointer.save_async(step, state, custom_metadata=metadata, force=True)
+            self._settle()
+            self._saving = self._checkpointer.save_async(
+                step, state, custom_metadata=metadata, force=True
+            )
 
     def wait(self) -> None:
         """Until saves under way have ended. Raises UserError if one of them failed."""
         with self._told("written"):
+            self._settle()
             self._checkpointer.wait()
+
+    def _settle(self) -> None:
+        """Wait for the save under way: nothing else ends its thread."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     @property
     def steps(self) -> list[int]:
@@ -139,10 +149,13 @@ class StateCheckpoints:
 
     def _end(self, error: BaseException | None) -> None:
         if error is None:
+            self.wait()
             with self._told("written"):
                 self._checkpointer.close()
         elif jax.process_count() == 1:  # others, which may be gone, would have to close it too
             with contextlib.suppress(Exception):  # the error that was first is told
+                self._settle()
+            with contextlib.suppress(Exception):
                 self._checkpointer.close()
 
     @contextlib.contextmanager

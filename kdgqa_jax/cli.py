@@ -269,11 +269,18 @@ def _image_size(text: str) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
+def _seed(text: str) -> int:
+    if not 0 <= int(text) < 2**32:
+        raise ValueError
+    return int(text)
+
+
 def _floats(text: str) -> list[float]:
     return [float(x) for x in text.split(",")]
 
 
 _image_size.__name__, _floats.__name__ = "SIDE or HEIGHTxWIDTH", "numbers with commas"
+_seed.__name__ = "seed (0 to 2**32 - 1)"
 
 _CALIBRATION_OPTIONS: dict[str, dict] = {
     "calibration": {"help": "data set or folder of images to merge by"},
@@ -288,7 +295,7 @@ _CONVERT_OPTIONS: dict[str, dict] = {
     "num_kv_heads": {"type": int, "help": "key/value heads; none: half the query heads"},
     "pooling": {"default": "mean", "help": "mean, first, random, procrustes or svd"},
     "refit": {"action": "store_true", "default": False, "help": "output to the calibration images"},
-    "seed": {"type": int, "default": 0, "help": "of all random choices"},
+    "seed": {"type": _seed, "default": 0, "help": "of all random choices"},
     "image_size": {"type": _image_size, "help": "SIDE or HEIGHTxWIDTH; none: as it is"},
     "num_classes": {"type": int, "help": "of a new head; none: as it is"},
     "num_heads": {"type": int, "help": "query heads, where the source does not tell"},
@@ -353,7 +360,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         help="per layer the fewest key/value heads whose merging keeps this share of the energy",
     )
     _add_options(parser, _CALIBRATION_OPTIONS)
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the choice of images")
 
 
 COMMANDS: dict[str, tuple[str, Callable, Callable]] = {

@@ -63,6 +63,8 @@ def _check(config: Config) -> None:
     config_lib.check_fields(config, config_lib.study_config())
     if config.seeds < 1 or not config.variants:
         raise UserError(f"seeds={config.seeds} and variants={config.variants} must not be empty")
+    for seed in (config.seed, config.seed + config.seeds - 1):
+        config_lib.check_seed("seed", seed)
     if config.calibration_images < 1:
         raise UserError(f"calibration_images={config.calibration_images} must be at least 1")
     entries = parse_entries(config.variants, config.pooling)

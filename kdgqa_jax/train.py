@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from kdgqa_jax import checkpoint, optim, processes, sharding, starting, vit
+from kdgqa_jax import checkpoint, memory, optim, processes, sharding, starting, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.console import ProgressBar, say
@@ -53,6 +53,7 @@ def check(config: Config) -> jax.sharding.Mesh:
             "config field init is not set: give the model that this config starts from,"
             " --config.init=DIR (an empty one begins with new weights)"
         )
+    config_lib.check_seed("seed", config.seed)
     mesh = sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
     positive = ("epochs", "checkpoint_every", "keep_checkpoints", "log_every", "accumulate")
     for name in (*positive, "eval_every_epochs"):
@@ -210,6 +211,7 @@ def train_and_evaluate(
         measure = config.keep_best
         if measure and result[measure] == BEST[measure](t[measure] for t in tests.values()):
             save_model("best", step)
+        memory.give_back()
         return result
 
     progress = ProgressBar(title, num_steps, first_step)
@@ -248,6 +250,7 @@ def train_and_evaluate(
                 if ends or (step % config.checkpoint_every == 0 and step != num_steps):
                     check_finite(metrics)
                     checkpoints.save(step, state, position())
+                    memory.give_back()
                 if ends:
                     checkpoints.wait()
                     raise Preempted(f"stopped as asked; step {step} of {num_steps} is saved")

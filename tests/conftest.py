@@ -16,10 +16,11 @@ settings.load_profile("kdgqa")
 
 
 def pytest_configure(config):
-    """One compilation cache for all workers and the commands that tests start.
+    """Tests spend most of their time compiling: less of it, and one cache for all processes.
 
     The same programs come up again and again: in restarted runs, in workers, in subprocesses.
     """
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.compilation_cache = tempfile.mkdtemp(prefix="kdgqa_tests_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compilation_cache
@@ -28,6 +29,11 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     shutil.rmtree(getattr(config, "compilation_cache", ""), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests first, so that no worker waits for the other's last one."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")

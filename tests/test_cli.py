@@ -29,6 +29,8 @@ def test_help_fits_one_screen(capsys, monkeypatch, arguments):
         (["--dataset", "fashion_mnist"], "needs a data directory"),
         (["--dataset", "fashion_mnist", "--data-dir", "{tmp}"], "train-images-idx3-ubyte.gz"),
         (["--seeds", "0"], "seeds=0"),
+        (["--seed", "-1"], "seed=-1 must be at least 0"),
+        (["--seed", "4294967295", "--seeds", "2"], "seed=4294967296 must be at least 0 and below"),
         (["--workdir", "{tmp}/file/run"], "cannot be written"),
         (["--workdir", "{tmp}/other"], "holds a run of another config (seed: 7 there, 42 here)"),
     ],

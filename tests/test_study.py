@@ -92,8 +92,9 @@ def test_report_files(workdir):
 
 @pytest.mark.slow
 def test_another_seed_gives_other_figures(workdir, tmp_path):
-    study.run_study(tiny_study(seed=7), tmp_path)
-    for mine, other in zip(figures(workdir), figures(tmp_path), strict=True):
+    study.run_study(tiny_study(seed=7, variants=("gqa",)), tmp_path)
+    same = [record for record in figures(workdir) if record["variant"] in ("mha", "gqa")]
+    for mine, other in zip(same, figures(tmp_path), strict=True):
         assert (mine["variant"], mine["stage"]) == (other["variant"], other["stage"])
         assert mine["loss"] != other["loss"]
 

@@ -136,7 +136,7 @@ def test_seed_decides_the_run(whole_run, tmp_path):
 
 
 def test_mha_learns_digits(tmp_path):
-    settings = tiny_config(epochs=8.0, log_every=50)
+    settings = tiny_config(epochs=8.0, log_every=50, checkpoint_every=1000)
     result = train.train_and_evaluate(settings, tmp_path)
     assert result["top1"] > 80
 
