@@ -154,19 +154,19 @@ def _plain_loop_rate(prepared: pipeline.Prepared, batch_size: int, steps: int) -
 
 def _plain_loop(prepared: pipeline.Prepared, batch_size: int, steps: int) -> Iterator[np.ndarray]:
     """Batches of images in the order of the split, with PIL and numpy alone."""
-    height, width = prepared.shape
     for step in range(steps):
-        batch = []
-        for i in range(step * batch_size, (step + 1) * batch_size):
-            i %= len(prepared)
-            if hasattr(prepared.split, "encoded"):
-                image = _decoded(prepared.split.encoded(i))
-                if image.size != (width, height):
-                    image = prepared.preprocessing.resized(image, prepared.shape)
-                batch.append(np.asarray(image))
-            else:
-                batch.append(prepared[i]["image"])
-        yield np.stack(batch)
+        rows = range(step * batch_size, (step + 1) * batch_size)
+        yield np.stack([_plain_image(prepared, row % len(prepared)) for row in rows])
+
+
+def _plain_image(prepared: pipeline.Prepared, index: int) -> np.ndarray:
+    """An image of the plain loop; those that lie in memory come as they are prepared."""
+    if not hasattr(prepared.split, "encoded"):
+        return prepared[index]["image"]
+    image = _decoded(prepared.split.encoded(index))
+    if (image.height, image.width) != prepared.shape:
+        image = prepared.preprocessing.resized(image, prepared.shape)
+    return np.asarray(image)
 
 
 def _rate(items: Iterable[Any]) -> float:

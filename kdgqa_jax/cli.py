@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kdgqa_jax.errors import Preempted, UserError, one_line, unknown
+from kdgqa_jax.errors import SEEDS, Preempted, UserError, one_line, unknown
 from kdgqa_jax.version import __version__
 
 
@@ -270,7 +270,7 @@ def _image_size(text: str) -> int | tuple[int, int]:
 
 
 def _seed(text: str) -> int:
-    if not 0 <= int(text) < 2**32:
+    if int(text) not in SEEDS:
         raise ValueError
     return int(text)
 

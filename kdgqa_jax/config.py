@@ -215,12 +215,6 @@ def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
     return config
 
 
-def check_seed(name: str, seed: int) -> None:
-    """Raise UserError for a seed that random number generators do not take."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f"{name}={seed} must be at least 0 and below 2**32")
-
-
 def check_fields(config: ConfigDict, schema: ConfigDict, prefix: str = "") -> None:
     """Raise UserError for a field that is not in the schema, is missing or of another type."""
     for key in config:

@@ -23,6 +23,16 @@ def check_rates(**rates: float) -> None:
             raise UserError(f"{name}={rate} must be at least 0 and below 1")
 
 
+SEEDS = range(2**32)
+"""What random number generators take."""
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that is not in `SEEDS`."""
+    if seed not in SEEDS:
+        raise UserError(f"seed={seed} must be at least 0 and below 2**32")
+
+
 class Preempted(Exception):
     """The run was asked to end, has saved its state and can go on later."""
 

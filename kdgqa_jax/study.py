@@ -31,7 +31,7 @@ from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.console import say
 from kdgqa_jax.data import augment, pipeline, sources
 from kdgqa_jax.entry import Entry, parse_entries
-from kdgqa_jax.errors import UserError
+from kdgqa_jax.errors import UserError, check_seed
 from kdgqa_jax.evaluate import evaluate, make_eval_step
 from kdgqa_jax.version import versions
 
@@ -64,7 +64,7 @@ def _check(config: Config) -> None:
     if config.seeds < 1 or not config.variants:
         raise UserError(f"seeds={config.seeds} and variants={config.variants} must not be empty")
     for seed in (config.seed, config.seed + config.seeds - 1):
-        config_lib.check_seed("seed", seed)
+        check_seed(seed)
     if config.calibration_images < 1:
         raise UserError(f"calibration_images={config.calibration_images} must be at least 1")
     entries = parse_entries(config.variants, config.pooling)

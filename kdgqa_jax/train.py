@@ -16,7 +16,7 @@ from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.console import ProgressBar, say
 from kdgqa_jax.data import augment, pipeline, sources
-from kdgqa_jax.errors import Preempted, UserError, unknown
+from kdgqa_jax.errors import Preempted, UserError, check_seed, unknown
 from kdgqa_jax.evaluate import evaluate, make_eval_step
 from kdgqa_jax.logs import MetricsWriter, read_metrics
 from kdgqa_jax.preemption import Preemption
@@ -53,7 +53,7 @@ def check(config: Config) -> jax.sharding.Mesh:
             "config field init is not set: give the model that this config starts from,"
             " --config.init=DIR (an empty one begins with new weights)"
         )
-    config_lib.check_seed("seed", config.seed)
+    check_seed(config.seed)
     mesh = sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
     positive = ("epochs", "checkpoint_every", "keep_checkpoints", "log_every", "accumulate")
     for name in (*positive, "eval_every_epochs"):
