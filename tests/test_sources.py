@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from source_helpers import folder_tree, noise, refused, refused_on_access, rows, save, write_idx
 
-from kdgqa_jax.data import idx, sources
+from kdgqa_jax.data import idx, images, sources
+from kdgqa_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("no_network")
 WNIDS = {
@@ -266,6 +267,14 @@ def test_files_of_all_modes_become_rgb_as_they_are_stored(tmp_path):
     expected[2] = rgb
     for mine, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_cut_jpeg_files_are_refused(tmp_path):
+    path = tmp_path / "cut.jpg"
+    save(path, noise(0, 40, 40, 3))
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(UserError, match=r"cut.jpg: not an image that can be read \(.*truncated"):
+        images.opened(path, path)
 
 
 def test_folders_that_hold_no_classes_are_refused(tmp_path):

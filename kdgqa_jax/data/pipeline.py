@@ -27,7 +27,7 @@ Batch = dict[str, np.ndarray]
 Split = Sequence[dict[str, Any]]
 
 ON_DEVICE_LIMIT = 8 * 2**30  # bytes
-EPOCHS = 10**6  # as good as endless; grain's own endless datasets overflow in batches of one
+EPOCHS = 10**6  # as good as endless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,26 +118,57 @@ def prepare(
     return dataclasses.replace(dataset, train=prepared(dataset.train), test=prepared(dataset.test))
 
 
-def _global_index(row: int, batch_size: int, processes: int, process: int) -> int:
-    """Which example row `row` of a process is: a batch holds one block of rows per process."""
-    batch, offset = divmod(row, batch_size // processes)
-    return batch * batch_size + process * (batch_size // processes) + offset
+def _stack(items: Sequence[dict[str, Any]]) -> Batch:
+    return {name: np.stack([item[name] for item in items]) for name in items[0]}
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainRows:
-    """This process's rows of endless training batches."""
+class _Batches:
+    """This process's part of global batches, each read as a whole, without grain's work per image.
 
-    examples: grain.MapDataset
+    Attributes:
+      examples: in the order of the global batches.
+      batch_size: of a global batch.
+      rows: those of every global batch that are this process's.
+    """
+
+    examples: Split
     batch_size: int
-    processes: int
-    process: int
+    rows: range
 
     def __len__(self) -> int:
-        return len(self.examples) // self.processes
+        return len(self.examples) // self.batch_size
+
+    def __getitem__(self, batch: int) -> Batch:
+        first = batch * self.batch_size
+        return _stack([self.examples[first + row] for row in self.rows])
+
+
+def _batches(examples: Split, batch_size: int) -> grain.MapDataset:
+    """Every process gets one block of every batch."""
+    share, process = batch_size // jax.process_count(), jax.process_index()
+    rows = range(process * share, (process + 1) * share)
+    return grain.MapDataset.source(_Batches(examples, batch_size, rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shuffled:
+    """Examples for any number of epochs: every one once per epoch, each time in another order."""
+
+    split: Split
+    seed: int
+
+    def __len__(self) -> int:
+        return EPOCHS * len(self.split)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return self.examples[_global_index(row, self.batch_size, self.processes, self.process)]
+        epoch, position = divmod(row, len(self.split))
+        return self.split[_order(len(self.split), self.seed, epoch)[position]]
+
+
+@functools.lru_cache(maxsize=4)  # reading ahead, and the end of an epoch within a batch
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 class TrainBatches(Iterator[Batch]):
@@ -155,12 +186,7 @@ class TrainBatches(Iterator[Batch]):
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int, workers: int = 0):
-        processes, process = jax.process_count(), jax.process_index()
-        examples = grain.MapDataset.source(split).seed(seed).shuffle().repeat(EPOCHS)
-        if processes > 1:
-            mine = _TrainRows(examples, batch_size, processes, process)
-            examples = grain.MapDataset.source(mine)
-        self._batches = examples.batch(batch_size // processes)
+        self._batches = _batches(_Shuffled(split, seed), batch_size)
         self._workers = workers
         self._position, self._iterator = 0, None
 
@@ -248,8 +274,7 @@ def train_source(
             f"data.on_device: {len(split)} images need {size / 2**30:.1f} GiB of every device, more"
             f" than {ON_DEVICE_LIMIT / 2**30:.0f} GiB; leave the data on the host"
         )
-    items = [split[i] for i in range(len(split))]
-    whole = {name: np.stack([item[name] for item in items]) for name in items[0]}
+    whole = _stack([split[i] for i in range(len(split))])
     whole = jax.device_put(whole, sharding.replicated(mesh))
     split_sharding = sharding.batch_sharded(mesh)
 
@@ -265,25 +290,22 @@ def train_source(
 
 
 @dataclasses.dataclass(frozen=True)
-class _EvalRows:
-    """This process's rows of evaluation batches: every example once, in order, then padding."""
+class _Padded:
+    """Every example once and in order, then padding up to a whole number of batches."""
 
     split: Split
     batch_size: int
-    processes: int
-    process: int
 
     def __len__(self) -> int:
-        return -(-len(self.split) // self.batch_size) * (self.batch_size // self.processes)
+        return -(-len(self.split) // self.batch_size) * self.batch_size
 
     @functools.cached_property
     def _padding(self) -> dict[str, Any]:
         return {name: np.zeros_like(x) for name, x in self.split[0].items()}
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        index = _global_index(row, self.batch_size, self.processes, self.process)
-        real = index < len(self.split)
-        item = dict(self.split[index] if real else self._padding)
+        real = row < len(self.split)
+        item = dict(self.split[row] if real else self._padding)
         corrupt = item.pop("corrupt", False)
         return {**item, "mask": np.bool_(real and not corrupt)}
 
@@ -294,9 +316,7 @@ def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
     Each process gets its rows of the same global batches. One thread per core reads ahead, each by
     one batch.
     """
-    processes = jax.process_count()
-    rows = _EvalRows(split, batch_size, processes, jax.process_index())
-    batches = grain.MapDataset.source(rows).batch(batch_size // processes)
+    batches = _batches(_Padded(split, batch_size), batch_size)
     threads = min(os.cpu_count() or 2, 16)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     with contextlib.closing(iter(batches.to_iter_dataset(options))) as iterator:
