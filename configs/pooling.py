@@ -2,7 +2,7 @@
 
     kdgqa study --config pooling:kv=4 --workdir DIR --config.variants=gqa,gqa@svd,gqa@svd+refit
 
-A multi-head ViT (2 layers, 8 heads of width 16, 17 tokens) is trained on Fashion-MNIST for 4
+A multi-head ViT (2 layers, 8 heads of width 16, 17 tokens) is trained on Fashion-MNIST for 6
 epochs; every entry is converted, evaluated at once, and uptrained for 50, 200 and 500 steps. All
 variants by all rules are 45 entries; --config.variants takes a part of them. docs/merging.md tells
 what has been run, on which hardware, and what came out; the whole has not been run.
@@ -39,7 +39,7 @@ def get_config(arg=""):
         stage.checkpoint_every = 1000
         stage.optim.schedule = "cosine"
         stage.optim.weight_decay = 0.05
-    config.pretrain.epochs = 4.0
+    config.pretrain.epochs = 6.0
     config.pretrain.optim.learning_rate = 2e-3
     config.pretrain.optim.warmup_steps = 200
     config.uptrain.eval_every_epochs = 0.0  # at the end only

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kdgqa_jax import memory
 from kdgqa_jax.errors import SEEDS, Preempted, UserError, one_line, unknown
 from kdgqa_jax.version import __version__
 
@@ -428,6 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. Errors are one sentence on standard error."""
     arguments, arguments_left = _parser().parse_known_args(argv)
     arguments.overrides = arguments_left
+    memory.share_arenas()
     try:
         if arguments_left and arguments.command in _WITHOUT_CONFIG:
             names = vars(arguments).keys() - {"command", "run", "overrides"}
