@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from PIL import Image
 
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import convert, sharding, starting, train_step, vit
@@ -114,8 +115,15 @@ def bench_config(model: str, num_kv_heads: int | None, batch_size: int, dtype: s
     return config
 
 
-def bench_convert(model: str) -> dict[str, float]:
+def bench_convert(
+    model: str, pooling: str = "mean", calibration_images: int = 0
+) -> dict[str, float]:
     """Convert a random checkpoint of a size, timm's layout, by the command line; print a table.
+
+    Args:
+      model: SIZE/PATCH.
+      pooling: a name in `convert.POOLING` or `convert.MERGING`.
+      calibration_images: random images that calibrate it, as files; 0: none.
 
     Returns:
       file_bytes, peak_bytes (resident memory of the converting process), seconds (of the process,
@@ -133,6 +141,15 @@ def bench_convert(model: str) -> dict[str, float]:
         del variables
         command = [sys.executable, "-m", "kdgqa_jax.cli", "convert", "--attention", "gqa"]
         command += ["--source", str(source), "--out", str(pathlib.Path(folder) / "model")]
+        command += ["--pooling", pooling]
+        if calibration_images:
+            images = pathlib.Path(folder) / "images"
+            images.mkdir()
+            for i in range(calibration_images):
+                pixels = rng.integers(0, 256, (*vision.image_shape, 3), np.uint8)
+                Image.fromarray(pixels).save(images / f"{i:05d}.png")
+            command += ["--calibration", str(images)]
+            command += ["--calibration-images", str(calibration_images)]
         started = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
@@ -148,5 +165,7 @@ def bench_convert(model: str) -> dict[str, float]:
         f"{seconds:.1f}",
     ]
     header = ["model", "file MiB", "peak memory MiB", "ratio", "seconds"]
-    table(header, [row], "kdgqa convert --attention gqa", numbers=True)
+    title = f"kdgqa convert --attention gqa --pooling {pooling}"
+    title += f", {calibration_images} calibration images" if calibration_images else ""
+    table(header, [row], title, numbers=True)
     return {"file_bytes": size, "peak_bytes": peak, "seconds": seconds}

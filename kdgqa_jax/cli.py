@@ -74,7 +74,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     from kdgqa_jax import bench, bench_data, config
 
     if arguments.what == "convert":
-        bench.bench_convert(arguments.model)
+        bench.bench_convert(arguments.model, arguments.pooling, arguments.calibration_images)
         return
     if arguments.what == "data":
         settings = bench_data.bench_config(
@@ -241,6 +241,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="images per step")
     parser.add_argument("--dtype", default="bfloat16", help="of the computation")
     parser.add_argument("--steps", type=int, default=5, help="steps timed; 0: compile only")
+    parser.add_argument("--pooling", default="mean", help="convert: the rule")
+    parser.add_argument(
+        "--calibration-images", type=int, default=0, help="convert: random images that calibrate"
+    )
     parser.add_argument("--dataset", default="digits", help="data: a data set")
     parser.add_argument("--data-dir", default="", help="data: where its files are")
     parser.add_argument("--image-size", type=int, default=224, help="data: side in pixels")

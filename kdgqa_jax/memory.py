@@ -8,14 +8,15 @@ _M_ARENA_MAX = -8  # of malloc.h
 
 
 def share_arenas() -> None:
-    """Let threads share as many heaps as there are cores, unless MALLOC_ARENA_MAX is set.
+    """Let threads share as many heaps as there are cores, unless the environment says how many.
 
     Otherwise they have up to eight per core, and what is free in one is of no use to the others: a
     long run's resident memory creeps up. To be called before threads start.
     """
-    if "MALLOC_ARENA_MAX" not in os.environ:
+    asked = "MALLOC_ARENA_MAX" in os.environ
+    if not asked and "arena_max" not in os.environ.get("GLIBC_TUNABLES", ""):
         with contextlib.suppress(AttributeError, OSError, TypeError):
-            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, os.cpu_count() or 1)
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, len(os.sched_getaffinity(0)))
 
 
 def give_back() -> None:

@@ -36,6 +36,8 @@ def test_bad_requests_are_told(capsys, arguments, says):
 
 
 @pytest.mark.slow
-def test_conversion_is_measured():
-    result = bench.bench_convert("Ti/16")
+def test_conversion_is_measured(capsys):
+    result = bench.bench_convert("Ti/16", "svd", calibration_images=2)
+    out = " ".join(capsys.readouterr().out.split())  # the title may be wrapped
+    assert "--pooling svd, 2 calibration images" in out
     assert result["peak_bytes"] > result["file_bytes"] > 20e6 and result["seconds"] > 0

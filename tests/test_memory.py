@@ -1,6 +1,7 @@
 """Memory of the host."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -10,13 +11,13 @@ HEAPS = """
 import ctypes, sys, threading
 from kdgqa_jax import memory
 memory.share_arenas()
-ready = threading.Barrier(16)
+ready = threading.Barrier(COUNT)
 def work():
     ready.wait()
     kept.append(bytearray(100_000))
     ready.wait()
 kept = []
-threads = [threading.Thread(target=work) for _ in range(16)]
+threads = [threading.Thread(target=work) for _ in range(COUNT)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 libc = ctypes.CDLL(None)
@@ -27,13 +28,20 @@ libc.fflush(stream)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
-@pytest.mark.parametrize("asked, expected", [(None, os.cpu_count()), ("3", 3)])
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heaps")
+@pytest.mark.parametrize(
+    "asked, expected",
+    [
+        ({}, len(os.sched_getaffinity(0))),
+        ({"MALLOC_ARENA_MAX": "3"}, 3),
+        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, 1),
+    ],
+)
 def test_threads_share_heaps(asked, expected):
-    environment = {k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"}
-    if asked:
-        environment["MALLOC_ARENA_MAX"] = asked
+    names = ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | asked
+    script = HEAPS.replace("COUNT", str(8 * expected))
     run = subprocess.run(
-        [sys.executable, "-c", HEAPS], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
-    assert 1 <= run.stdout.count("<heap nr=") <= expected
+    assert run.stdout.count("<heap nr=") == expected

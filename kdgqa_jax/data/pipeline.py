@@ -163,12 +163,13 @@ class _Shuffled:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         epoch, position = divmod(row, len(self.split))
-        return self.split[_order(len(self.split), self.seed, epoch)[position]]
+        return self.split[int(_order(len(self.split), self.seed, epoch)[position])]
 
 
-@functools.lru_cache(maxsize=4)  # reading ahead, and the end of an epoch within a batch
+@functools.lru_cache(maxsize=2)  # a batch may begin the next epoch
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
+    # RandomState's stream is the same in all releases of NumPy: a run resumed years later goes on.
+    return np.random.RandomState((seed, epoch)).permutation(count).astype(np.uint32)
 
 
 class TrainBatches(Iterator[Batch]):
