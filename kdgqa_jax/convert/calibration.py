@@ -60,7 +60,7 @@ def gather_moments(
     variables: dict[str, Any],
     images: np.ndarray,
     *,
-    batch_size: int = 32,
+    batch_size: int = 8,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, InputMoments]:
     """Moments of the input of every attention layer, in one pass over some images.

@@ -171,14 +171,15 @@ def merge_heads(
     have = layer["key"]["kernel"].shape[1]
     check_groups(have, num_kv_heads)
     _check_moments(moments, model_width)
-    keys, values = _problems(layer, moments)
+    seen = _seen(layer, moments)
+    keys, values = _problems(layer, moments, seen)
     key_energy, value_energy = (p.energy(num_kv_heads) for p in (keys, values))
     if have == num_kv_heads:
         return Merged(layer, key_energy, np.zeros(have), value_energy, np.zeros(have))
 
-    ridge = RIDGE * moments.tokens * (np.trace(moments.second) / model_width or 1.0)
-    ridged = dataclasses.replace(moments, within=moments.within + ridge * np.eye(model_width))
-    key_maps, value_maps = (p.solve(num_kv_heads, rule) for p in _problems(layer, ridged))
+    ridge = RIDGE * (np.trace(moments.second) / model_width or 1.0)
+    ridged = {name: x + ridge * layer[name]["kernel"] for name, x in seen.items()}
+    key_maps, value_maps = (p.solve(num_kv_heads, rule) for p in _problems(layer, moments, ridged))
 
     def encoded(projection: Mapping[str, np.ndarray], encoders: np.ndarray) -> dict[str, Any]:
         by_group = (num_kv_heads, have // num_kv_heads, width)
@@ -251,16 +252,29 @@ def balance_heads(attention: Attention) -> dict[str, dict[str, np.ndarray]]:
 
 @dataclasses.dataclass
 class _Problem:
-    """What to merge: moment (J, H, J, H) of all heads and weight (J, H, H), as in `MERGING`."""
+    """What to merge: heads whose moment is kernel^T seen, with weight (J, H, H) as in `MERGING`.
 
-    moment: np.ndarray
+    Attributes:
+      kernel: (D, J, H) of the heads.
+      seen: (D, J, H) the moment of the layer's input times the kernel.
+      weight: (J, H, H).
+    """
+
+    kernel: np.ndarray
+    seen: np.ndarray
     weight: np.ndarray
 
     def groups(self, num_kv_heads: int, *more: np.ndarray) -> list[tuple[np.ndarray, ...]]:
         """(moment, weight, *more) of each group."""
         group = len(self.weight) // num_kv_heads
         parts = [slice(i * group, (i + 1) * group) for i in range(num_kv_heads)]
-        return [(self.moment[p, :, p], *(x[p] for x in (self.weight, *more))) for p in parts]
+        return [
+            (
+                np.tensordot(self.kernel[:, p], self.seen[:, p], (0, 0)),
+                *(x[p] for x in (self.weight, *more)),
+            )
+            for p in parts
+        ]
 
     def solve(self, num_kv_heads: int, rule: str) -> tuple[np.ndarray, np.ndarray]:
         """Encoders and decoders of all heads, (J, H, H) each."""
@@ -292,27 +306,28 @@ def _share_kept(energy: np.ndarray, lost: np.ndarray) -> np.ndarray:
     return 1.0 - np.divide(lost, energy, out=np.zeros_like(lost), where=energy > 0.0)
 
 
-def _problems(layer: Attention, moments: InputMoments) -> tuple[_Problem, _Problem]:
-    """Of keys and of values."""
+def _seen(layer: Attention, moments: InputMoments) -> dict[str, np.ndarray]:
+    """The moment that counts for each kernel times that kernel, of the kernel's shape."""
+    by = {"query": moments.covariance, "key": moments.centred, "value": moments.covariance}
+    return {name: np.tensordot(moment, layer[name]["kernel"], 1) for name, moment in by.items()}
+
+
+def _problems(
+    layer: Attention, moments: InputMoments, seen: Mapping[str, np.ndarray]
+) -> tuple[_Problem, _Problem]:
+    """Of keys and of values; `seen` as `_seen` gives it."""
     query, key, value = (layer[name]["kernel"] for name in ("query", "key", "value"))
     rows, have = layer["out"]["kernel"], key.shape[1]
 
-    def among_heads(kernel: np.ndarray, moment: np.ndarray) -> np.ndarray:
-        flat = kernel.reshape(len(kernel), -1)
-        return (flat.T @ moment @ flat).reshape(*kernel.shape[1:], *kernel.shape[1:])
-
     # Key heads and value heads pay for all query heads that they serve.
     means = _head_means(layer["query"], moments)
-    spread = query.transpose(1, 2, 0) @ np.tensordot(moments.covariance, query, 1).swapaxes(0, 1)
+    spread = query.transpose(1, 2, 0) @ seen["query"].swapaxes(0, 1)
     query_weight = spread + means[:, :, None] * means[:, None, :]
     key_weight, value_weight = (
         x.reshape(have, -1, *x.shape[1:]).sum(axis=1)
         for x in (query_weight, rows @ rows.swapaxes(1, 2))
     )
-    return (
-        _Problem(among_heads(key, moments.centred), key_weight),
-        _Problem(among_heads(value, moments.covariance), value_weight),
-    )
+    return _Problem(key, seen["key"], key_weight), _Problem(value, seen["value"], value_weight)
 
 
 def _head_means(projection: Mapping[str, np.ndarray], moments: InputMoments) -> np.ndarray:
@@ -351,7 +366,7 @@ def to_merged(
 
     Returns:
       `params` with key and value kernels (..., D, K, H) and biases (..., K, H), queries and output
-      adapted, dtypes kept; and what merging made of each layer, by name.
+      adapted, dtypes kept; and what merging made of each layer, by name, in those dtypes.
 
     Raises:
       UserError: as `merge_heads`.
@@ -371,5 +386,6 @@ def to_merged(
             projection: {leaf: x.astype(old[projection][leaf].dtype) for leaf, x in leaves.items()}
             for projection, leaves in merged[name].attention.items()
         }
+        merged[name] = dataclasses.replace(merged[name], attention=attention)
         converted[name] = {**params[name], "attn": {**old, **attention}}
     return converted, merged
