@@ -90,12 +90,16 @@ def gather_moments(
     length = model.grid[0] * model.grid[1] + model.num_prefix_tokens
     moments: dict[str, InputMoments] = {}
     for batch in padded_batches(images, batch_size, mesh):
-        mask = np.asarray(batch["mask"])
-        sums = jax.device_get(step(variables, batch))
-        for name, layer in layers.unstack_layers(sums).items():
-            kept = moments.setdefault(name, InputMoments.empty(model.width))
-            kept.add_images(mask * length, layer["means"], layer["within"])
+        tokens = np.asarray(batch["mask"]) * length
+        _add(moments, tokens, jax.device_get(step(variables, batch)))
     return moments
+
+
+def _add(moments: dict[str, InputMoments], tokens: np.ndarray, sums: dict[str, Any]) -> None:
+    """Add the sums of a batch, which are forgotten before the next one."""
+    for name, layer in layers.unstack_layers(sums).items():
+        kept = moments.setdefault(name, InputMoments.empty(len(layer["within"])))
+        kept.add_images(tokens, layer["means"], layer["within"])
 
 
 def padded_batches(
