@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 HEAPS = """
 import ctypes, sys, threading
 from kdgqa_jax import memory
@@ -32,7 +33,7 @@ libc.fflush(stream)
 @pytest.mark.parametrize(
     "asked, expected",
     [
-        ({}, len(os.sched_getaffinity(0))),
+        ({}, CORES),
         ({"MALLOC_ARENA_MAX": "3"}, 3),
         ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, 1),
     ],
