@@ -37,6 +37,11 @@ def abstract(shapes: Any, shardings: Any) -> Any:
     )
 
 
+def any_saved(directory: pathlib.Path) -> bool:
+    """If there is a checkpoint; one that a kill has left half-written does not count."""
+    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
+
+
 class StateCheckpoints:
     """The checkpoints of one run: the whole training state by step, the newest `keep` of them.
 

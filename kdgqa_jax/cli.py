@@ -95,11 +95,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from kdgqa_jax.console import say, table
 
     workdir.check_new(arguments.out)
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name, settings in {**_CONVERT_OPTIONS, **_CALIBRATION_OPTIONS}.items()
-        if getattr(arguments, name) != settings.get("default")
-    ]
+    given = _given(arguments, {**_CONVERT_OPTIONS, **_CALIBRATION_OPTIONS})
     if arguments.to and given:
         raise UserError(
             f"--to writes a model directory as it is; {', '.join(given)} belong to a conversion"
@@ -122,11 +118,23 @@ def _convert(arguments: argparse.Namespace) -> None:
     say(f"model directory: {arguments.out}")
 
 
+def _given(arguments: argparse.Namespace, options: dict[str, dict]) -> list[str]:
+    """The flags that do not stand at their defaults."""
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, settings in options.items()
+        if getattr(arguments, name) != settings.get("default")
+    ]
+
+
 def _calibration(arguments: argparse.Namespace) -> Any:
     """Where calibration images come from; None without --calibration."""
     from kdgqa_jax.convert import CalibrationImages
 
     if not arguments.calibration:
+        given = _given(arguments, _CALIBRATION_OPTIONS)
+        if given:
+            raise UserError(f"{', '.join(given)} need --calibration (a data set or a folder)")
         return None
     place = (arguments.calibration, arguments.data_dir, arguments.calibration_images)
     return CalibrationImages(*place, seed=arguments.seed)

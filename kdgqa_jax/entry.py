@@ -2,8 +2,9 @@
 
 gqa                 the study's default rule
 gqa@first           a rule of pooling or merging, without data
-gqa@svd+data        merged by calibration images
-kdgqa@svd+data+refit    and output projections refitted with them
+gqa@svd             merged by calibration images
+gqa@svd+free        merged without data
+kdgqa@svd+refit     merged, and output projections refitted, with calibration images
 """
 
 import dataclasses

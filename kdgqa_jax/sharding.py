@@ -80,9 +80,14 @@ def by_rules(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
+def batch_devices(mesh: Mesh) -> int:
+    """How many devices a batch is split over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch_size(name: str, batch_size: int, mesh: Mesh, parts: int = 1) -> None:
     """Raise UserError unless a batch, or each of its `parts`, can be split over the devices."""
-    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    count = batch_devices(mesh)
     if batch_size < 1 or batch_size % (count * parts):
         of = f"{parts} x {count}" if parts > 1 else f"{count}"
         what = "accumulate x devices" if parts > 1 else "devices"

@@ -5,9 +5,11 @@ import dataclasses
 import os
 import pathlib
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -145,7 +147,7 @@ def train_and_evaluate(
         seconds_before = position["seconds"]
         if int(state.step) < num_steps:
             say(f"{title}: going on from step {int(state.step)} of {num_steps}")
-    elif start.variables is not None:
+    elif config.init:
         state = jax.jit(begin, out_shardings=shardings)(start.variables)
         for line in start.told:
             say(f"{title}: {line}")
@@ -153,6 +155,8 @@ def train_and_evaluate(
     else:
         state = jax.jit(begin_anew, out_shardings=shardings)()
     start = dataclasses.replace(start, variables=None)  # frees them
+    if config.on_nonfinite == "stop" and int(state.first_skipped):  # it was "skip" before
+        state = jax.jit(_forgive, donate_argnums=0, out_shardings=shardings)(state)
 
     # --- Loop -----------------------------------------------------------------------------------
     train_step = make_train_step(model, step_config(config), num_steps, mesh)
@@ -166,7 +170,12 @@ def train_and_evaluate(
         config=asked,
         **config.logs,
     )
-    tests = {r["step"]: r for r in read_metrics(workdir) if r["split"] == "test"}
+    # Without what comes after the step to go on from, which the first process drops meanwhile.
+    tests = {
+        r["step"]: r
+        for r in read_metrics(workdir)
+        if r["split"] == "test" and r["step"] <= first_step
+    }
     started = time.monotonic()
 
     def position() -> dict[str, Any]:
@@ -176,7 +185,7 @@ def train_and_evaluate(
 
     def check_finite(metrics: dict[str, jax.Array]) -> None:
         """Raise UserError if an update was left out and that is to stop the run."""
-        if config.on_nonfinite == "stop" and int(metrics["skipped_updates"]):
+        if config.on_nonfinite == "stop" and int(metrics["first_skipped"]):
             newest = checkpoints.latest_step
             kept = (
                 f"the checkpoint of step {newest} in {checkpoints.directory}" if newest else "none"
@@ -208,8 +217,7 @@ def train_and_evaluate(
         if step not in tests:  # or it was stopped just after
             writer.write(step=step, epoch=step / steps_per_epoch, split="test", **result)
         tests[step] = result
-        measure = config.keep_best
-        if measure and result[measure] == BEST[measure](t[measure] for t in tests.values()):
+        if config.keep_best and _is_best(result, tests.values(), config.keep_best):
             save_model("best", step)
         memory.give_back()
         return result
@@ -236,7 +244,8 @@ def train_and_evaluate(
                         epoch=step / steps_per_epoch,
                         split="train",
                         **values,
-                        learning_rate=float(schedule(step - 1)),
+                        # of the last update that was made
+                        learning_rate=float(schedule(max(step - values["skipped_updates"] - 1, 0))),
                         images_per_second=rate,
                         step_seconds=(now - interval_started) / steps,
                         data_seconds=waited / steps,
@@ -244,13 +253,18 @@ def train_and_evaluate(
                     interval_step, interval_started, waited = step, now, 0.0
                     note = f"loss {values['loss']:.3f}, {rate:.0f} images/s"
                 bar.update(step, note)
-                if config.eval_every_epochs and step % eval_every == 0 and step != num_steps:
+                evaluates = config.eval_every_epochs and step % eval_every == 0
+                saves = step % config.checkpoint_every == 0
+                if ends or ((evaluates or saves) and step != num_steps):
                     check_finite(metrics)
-                    evaluate_now(step)
-                if ends or (step % config.checkpoint_every == 0 and step != num_steps):
-                    check_finite(metrics)
-                    checkpoints.save(step, state, position())
-                    memory.give_back()
+                    jax.block_until_ready(metrics)  # from here on, the time is not that of steps
+                    paused = time.monotonic()
+                    if evaluates and step != num_steps:
+                        evaluate_now(step)
+                    if ends or saves:
+                        checkpoints.save(step, state, position())
+                        memory.give_back()
+                    interval_started += time.monotonic() - paused
                 if ends:
                     checkpoints.wait()
                     raise Preempted(f"stopped as asked; step {step} of {num_steps} is saved")
@@ -270,10 +284,21 @@ def train_and_evaluate(
     return result
 
 
+def _forgive(state: TrainState) -> TrainState:
+    """The state as if no update had been left out so far; the count of them stays."""
+    return state.replace(first_skipped=jnp.zeros_like(state.first_skipped))
+
+
+def _is_best(result: dict[str, Any], tests: Iterable[dict[str, Any]], measure: str) -> bool:
+    """If no test of the run is better by a name in `BEST`; NaN, None in records, is worst."""
+    known = [t[measure] for t in tests if t[measure] is not None and np.isfinite(t[measure])]
+    return bool(known) and result[measure] == BEST[measure](known)
+
+
 def _start(
     config: Config, workdir: pathlib.Path, num_classes: int, channels: int
 ) -> starting.Start:
     """What the run starts, or has started, from."""
-    if any((workdir / "checkpoints").glob("[0-9]*")):
+    if checkpoint.any_saved(workdir / "checkpoints"):
         return starting.read(workdir) or starting.start(config, num_classes, channels)
     return starting.start(config, num_classes, channels)

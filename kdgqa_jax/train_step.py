@@ -121,7 +121,8 @@ def make_train_step(
 
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        apply = finite & (state.skipped == 0) if config.on_nonfinite == "stop" else finite
+        stopped = (state.first_skipped > 0) & (config.on_nonfinite == "stop")
+        apply = finite & ~stopped
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         changed = {
@@ -133,7 +134,7 @@ def make_train_step(
         kept = {name: getattr(state, name) for name in changed}
         changed = jax.tree.map(lambda new, old: jnp.where(apply, new, old), changed, kept)
         step = state.step + 1
-        first = jnp.where((state.skipped == 0) & ~finite, step, state.first_skipped)
+        first = jnp.where((state.first_skipped == 0) & ~finite, step, state.first_skipped)
         new_state = state.replace(
             **changed, step=step, skipped=state.skipped + ~finite, first_skipped=first
         )

@@ -6,8 +6,11 @@ import socket
 import tempfile
 
 import helpers
+import jax.numpy as jnp
 import pytest
 from hypothesis import settings
+
+from kdgqa_jax import train_step
 
 # Machines that run tests differ in speed, and a test that draws new numbers each time cannot be
 # told from a flaky one.
@@ -40,6 +43,21 @@ def pytest_collection_modifyitems(items):
 def golden():
     """Load `tests/goldens/NAME.npz` as a dict of arrays."""
     return helpers.load_golden
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Batches whose first image is black give an input of NaN to training steps."""
+    augmented = train_step.augment.training_batch
+
+    def planted(images, *arguments):
+        out, targets = augmented(images, *arguments)
+        return jnp.where(jnp.all(images[0] == 0), jnp.nan, out), targets
+
+    train_step.make_train_step.cache_clear()
+    monkeypatch.setattr(train_step.augment, "training_batch", planted)
+    yield
+    train_step.make_train_step.cache_clear()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from helpers import DGQA, VARIANTS
 from kdgqa_jax.configs import _recipes
 
-from kdgqa_jax import bench, cli, config, layers, starting, train, vit
+from kdgqa_jax import bench, cli, config, layers, starting, study, train, vit
 from kdgqa_jax.data import augment, sources
 from kdgqa_jax.errors import UserError
 
@@ -38,6 +38,11 @@ def load(name):
 
 def count(tree):
     return sum(x.size for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", ["demo", "pooling:kv=2"])
+def test_every_config_of_a_study_can_be_run(name):
+    study._check(config.load_config(name))
 
 
 @pytest.mark.parametrize("recipe", _recipes.RECIPES)
@@ -199,7 +204,7 @@ def test_testing_config_learns_in_seconds(tmp_path):
 
 def test_names_that_begin_with_an_underscore_are_no_configs():
     names = config.config_names()
-    assert {"demo", "finetune", "pretrain", "testing", "uptrain"} <= set(names)
+    assert {"demo", "finetune", "pooling", "pretrain", "testing", "uptrain"} <= set(names)
     assert not any(name.startswith("_") for name in names)
     with pytest.raises(UserError, match="unknown config"):
         config.load_config("_recipes")

@@ -1,6 +1,7 @@
 """Moments of a model's layers, and conversions that are calibrated with images or do without."""
 
 import json
+import types
 
 import helpers
 import jax
@@ -16,6 +17,7 @@ from merging_helpers import (
 from PIL import Image
 
 from kdgqa_jax import checkpoint, cli, convert, layers
+from kdgqa_jax.convert import calibration, merging
 from kdgqa_jax.data import sources
 from kdgqa_jax.data.images import Preprocessing
 from kdgqa_jax.errors import UserError
@@ -131,6 +133,14 @@ def test_a_model_keeps_its_logits_where_heads_are_of_low_rank(mha):
         assert all(m.keys_kept.min() > 1 - 1e-6 for m in said.values())
 
 
+def test_batches_are_split_over_all_devices_but_those_along_model(monkeypatch):
+    monkeypatch.setattr(calibration.sharding, "put_batch", lambda batch, mesh: batch)
+    mesh = types.SimpleNamespace(shape={"data": 2, "fsdp": 2, "model": 2})
+    batches = list(calibration.padded_batches(helpers.images(5), 3, mesh))
+    assert [len(batch["image"]) for batch in batches] == [4, 4]
+    np.testing.assert_array_equal(np.concatenate([b["mask"] for b in batches]), np.arange(8) < 5)
+
+
 # --- as conversion does it ----------------------------------------------------------------------
 
 
@@ -189,6 +199,45 @@ def test_variants_that_send_query_heads_elsewhere_are_warned_about(source, atten
     else:
         assert report.warnings == []
     assert convert.load(source, attention=attention, num_kv_heads=3).report.warnings == []
+
+
+def test_a_source_with_an_allocation_of_its_own(tmp_path):
+    """Heads are merged for the query heads that they serve, not for equal groups."""
+    model = helpers.tiny_vit("dgqa_diff")
+    variables = jax.device_get(helpers.vit_variables(model))
+    allocations = np.array([4, 1, 1]), np.array([1, 2, 3])
+    for i, allocation in enumerate(allocations):
+        variables["norm_stats"][f"blocks_{i}"]["attn"]["allocation"] = allocation.astype(np.int32)
+    params, memory = variables["params"], variables["norm_stats"]
+    images = helpers.images(5)
+    expanded = merging.one_per_query_head(params, memory)
+    expected = model.apply(variables, images)
+    logits = helpers.naive_vit(images, expanded, np.arange(N), patch=4)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    stacked = merging.one_per_query_head(*map(layers.stack_layers, (params, memory)))
+    helpers.assert_trees_close(layers.unstack_layers(stacked), expanded, atol=0)
+
+    checkpoint.save_model(
+        tmp_path / "model",
+        variables,
+        {
+            "model": {"name": "mu/4", "attention": "dgqa_diff", "num_kv_heads": 3, **helpers.TINY},
+            "channels": 1,
+            "class_names": [str(i) for i in range(5)],
+            "preprocessing": {"mean": [0.5], "std": [0.5]},
+        },
+    )
+    found = convert.load(tmp_path / "model", attention="gqa", num_kv_heads=1, pooling="svd")
+    merged, _ = convert.to_merged(expanded, 1)
+    helpers.assert_trees_close(found.variables["params"], merged, atol=1e-6)
+    assert found.report.warnings == []
+
+
+def test_a_source_whose_query_heads_move_is_warned_about(source, tmp_path):
+    convert.load(source, attention="kdgqa", num_kv_heads=3).save(tmp_path / "kdgqa")
+    options = {"attention": "gqa", "num_kv_heads": 1, "pooling": "svd"}
+    (warning,) = convert.load(tmp_path / "kdgqa", **options).report.warnings
+    assert "query heads of a kdgqa model go to other key/value heads" in warning
 
 
 @pytest.mark.parametrize(
@@ -288,6 +337,7 @@ def test_command_line_warns_on_standard_error(source, tmp_path, capsys):
         (("--calibration", "digits", "--calibration-images", 0), "0 calibration images were asked"),
         (("--calibration", "digits", "--pooling", "mean"), "'mean' takes no calibration images"),
         (("--calibration", "digits", "--to", "released"), "--calibration belong to a conversion"),
+        (("--calibration-images", 64, "--data-dir", "x"), "--data-dir need --calibration (a data"),
     ],
 )
 def test_command_line_tells_what_calibration_lacks(source, tmp_path, capsys, options, says):
@@ -325,3 +375,20 @@ def test_suggestions_are_the_smallest_numbers_that_keep_the_share(source, mha, c
         assert cli.main(wrong) == 1
     shown = capsys.readouterr().err
     assert "belongs to --suggest-kv-heads" in shown and "share 1.5 of the energy" in shown
+
+
+def test_the_number_suggested_for_all_layers_suits_each_of_them(mha, tmp_path):
+    """Two equal triples of heads, then three equal pairs: only six heads are enough for both."""
+    _, params, _, _ = mha
+    params = jax.tree.map(np.array, params)
+    for i, equal in enumerate((3, 2)):
+        for projection in ("key", "value"):
+            for leaf, x in params[f"blocks_{i}"]["attn"][projection].items():
+                few = np.split(x, N // equal, axis=-2)
+                repeated = [np.repeat(heads[..., :1, :], equal, axis=-2) for heads in few]
+                params[f"blocks_{i}"]["attn"][projection][leaf] = np.concatenate(repeated, axis=-2)
+    description = {"model": {"name": "mu/4", "attention": "mha", **helpers.TINY}, "channels": 1}
+    checkpoint.save_model(tmp_path / "model", {"params": params}, description)
+    rows, said = convert.suggest_kv_heads(tmp_path / "model", 0.999)
+    assert [row[1] for row in rows] == ["2", "3"]
+    assert "keeps 0.999 with 6 of 6" in said

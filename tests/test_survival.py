@@ -223,11 +223,15 @@ def test_a_disk_that_is_full_is_told_and_older_checkpoints_stay(config_file, who
 
 def test_an_image_that_cannot_be_read_stops_the_run_and_keeps_what_is_saved(config_file, tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
-    for split in ("train", "val"):
-        for i, pixels in enumerate(pictures):
-            path = tmp_path / "data" / split / "ab"[i % 2] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
+
+    def save_pictures():
+        for split in ("train", "val"):
+            for i, pixels in enumerate(pictures):
+                path = tmp_path / "data" / split / "ab"[i % 2] / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+
+    save_pictures()
     settings = load(
         config_file,
         **{"data.name": f"folder:{tmp_path / 'data'}", "batch_size": 1, "eval_batch_size": 1,
@@ -247,6 +251,8 @@ def test_an_image_that_cannot_be_read_stops_the_run_and_keeps_what_is_saved(conf
         with pytest.raises(UserError, match=r"\.png: not an image that can be read"):
             train.train_and_evaluate(settings, tmp_path / "run")
     assert max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == 4
+    save_pictures()
+    assert train.train_and_evaluate(settings, tmp_path / "run")["steps"] == 16
 
 
 def test_numbers_that_are_not_finite_stop_the_run(config_file, tmp_path):
@@ -312,6 +318,8 @@ def test_two_processes_compute_what_one_does(config_file, tmp_path):
         pairs = list(zip(records(tmp_path / "one"), records(tmp_path / name), strict=True))
         assert all(a["allocation"] == b["allocation"] for a, b in pairs)
         assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in pairs)
+        norms = [(a["key_norm"], b["key_norm"]) for a, b in pairs if "key_norm" in a]
+        np.testing.assert_allclose(*zip(*norms, strict=True), rtol=1e-5)  # of the global batch
     # Another number of devices and another mesh restore it.
     shutil.rmtree(tmp_path / "fsdp" / "model")
     before = json.loads((tmp_path / "fsdp" / "result.json").read_text())

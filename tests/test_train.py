@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -163,6 +164,20 @@ def test_start_from_another_model(whole_run, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), before, after)
 
 
+def test_a_kill_in_the_first_checkpoint_does_not_lose_the_start(whole_run, tmp_path):
+    """The run begins again from the model given by `init`, not from new weights."""
+    workdir, _ = whole_run
+    settings = tiny_config("gqa", init=str(workdir / "model"), epochs=2 * 32 / 1437)
+    result = train.train_and_evaluate(settings, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    (killed / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    for name in ("config.json", "start.json"):
+        shutil.copy(tmp_path / "whole" / name, killed)
+    again = train.train_and_evaluate(settings, killed)
+    assert {k: again[k] for k in FIGURES} == {k: result[k] for k in FIGURES}
+    assert_same(*(checkpoint.load_model(d / "model")[1] for d in (tmp_path / "whole", killed)))
+
+
 def test_start_from_a_model_of_another_architecture_is_refused(whole_run, tmp_path):
     workdir, _ = whole_run
     settings = tiny_config("dgqa_diff", init=str(workdir / "model"))
@@ -171,6 +186,70 @@ def test_start_from_a_model_of_another_architecture_is_refused(whole_run, tmp_pa
     with pytest.raises(UserError, match=says):
         train.train_and_evaluate(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def go_back(workdir, step):
+    """Make of a run that has ended one that was stopped after `step`."""
+    (workdir / "result.json").unlink()
+    for path in (workdir / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
+
+
+def test_numbers_that_are_not_finite(monkeypatch, poison, tmp_path):
+    """They stop a run, which may leave them out then, and later be stopped by others again."""
+    read = train.pipeline.TrainBatches.__next__
+
+    def with_a_bad_one(self):
+        step = self.get_state()["batches"] + 1
+        batch = read(self)
+        return batch | {"image": batch["image"] * np.uint8(step != 7)}
+
+    monkeypatch.setattr(train.pipeline.TrainBatches, "__next__", with_a_bad_one)
+    stop = tiny_config("gqa", **{"optim.schedule": "cosine"})
+    skip = stop.copy_and_resolve_references()
+    skip.on_nonfinite = "skip"
+    with pytest.raises(UserError, match=r"step 7 are not .* is the checkpoint of step 5 in"):
+        train.train_and_evaluate(stop, tmp_path)
+    skipped = train.train_and_evaluate(skip, tmp_path)
+    assert (skipped["steps"], skipped["skipped_updates"]) == (12, 1)
+    schedule = train.optim.make_schedule(stop.optim, 12)
+    for record in logs.read_metrics(tmp_path):
+        if record["split"] == "train":
+            last_update = record["step"] - (record["step"] >= 7)
+            assert record["learning_rate"] == pytest.approx(float(schedule(last_update - 1)))
+    go_back(tmp_path, 10)
+    again = train.train_and_evaluate(stop, tmp_path)
+    assert {k: again[k] for k in FIGURES} == {k: skipped[k] for k in FIGURES}
+    assert again["skipped_updates"] == 1
+
+
+def test_the_best_model_is_kept(tmp_path):
+    """Also by a run that goes on, which knows the tests before."""
+    often = {"keep_best": "loss", "eval_every_epochs": 2 * 32 / 1437}
+    settings = tiny_config("gqa", **often, **{"optim.learning_rate": 0.02})
+    train.train_and_evaluate(settings, tmp_path)
+    tests = {r["step"]: r["loss"] for r in logs.read_metrics(tmp_path) if r["split"] == "test"}
+    assert list(tests) == [2, 4, 6, 8, 10, 12]
+    best = min(tests.values())
+
+    def kept():
+        return checkpoint.load_model(tmp_path / "best")[2]["trained_on"]["steps"]
+
+    assert tests[kept()] == best
+    before = kept()
+    go_back(tmp_path, 10)
+    train.train_and_evaluate(settings, tmp_path)
+    assert tests[kept()] == best and kept() >= before
+
+
+def test_which_test_is_the_best():
+    tests = [{"top1": 90.0, "loss": 0.5}, {"top1": 91.0, "loss": 0.6}]
+    assert [train._is_best(test, tests, "top1") for test in tests] == [False, True]
+    assert [train._is_best(test, tests, "loss") for test in tests] == [True, False]
+    nan, none, good = ({"loss": x} for x in (math.nan, None, 1.0))
+    assert train._is_best(good, [nan, none, good], "loss")
+    assert not train._is_best(nan, [none, nan], "loss")
 
 
 def test_workdir_of_another_config_is_refused_and_kept(whole_run):

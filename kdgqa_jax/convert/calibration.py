@@ -114,7 +114,7 @@ def padded_batches(
         raise UserError(
             f"calibration images must be (n, height, width, channels), got shape {images.shape}"
         )
-    devices = mesh.shape["data"]
+    devices = sharding.batch_devices(mesh)
     batch_size = -(-min(batch_size, len(images)) // devices) * devices
     for start in range(0, len(images), batch_size):
         chunk = images[start : start + batch_size]

@@ -11,8 +11,8 @@ import numpy as np
 from kdgqa_jax import vit
 from kdgqa_jax.attention import VARIANTS
 from kdgqa_jax.convert.calibration import gather_moments
-from kdgqa_jax.convert.merging import MERGING, Merged, to_merged
-from kdgqa_jax.convert.pooling import POOLING, to_grouped
+from kdgqa_jax.convert.merging import MERGING, Merged, one_per_query_head, to_merged
+from kdgqa_jax.convert.pooling import POOLING, check_groups, to_grouped
 from kdgqa_jax.convert.refitting import refit_outputs
 from kdgqa_jax.errors import UserError, unknown
 
@@ -101,11 +101,20 @@ def _merge(
     images: np.ndarray | None,
 ) -> None:
     have, want = before.attention["num_kv_heads"], after.attention["num_kv_heads"]
+    check_groups(have, want)
+    params, served = variables["params"], before.attention["attention"]
+    if variables.get("norm_stats"):
+        params = one_per_query_head(params, variables["norm_stats"])
+    elif VARIANTS[served].rule is not None:
+        grouped.warnings.append(
+            f"the query heads of a {served} model go to other key/value heads from batch to batch;"
+            f" {rule} takes them as equal groups"
+        )
     moments, by = None, "without data, by weights and norm scales"
     if images is not None:
         moments = gather_moments(before, variables, images)
         by = f"calibrated with {len(images)} images"
-    grouped.params, merged = to_merged(variables["params"], want, moments, rule)
+    grouped.params, merged = to_merged(params, want, moments, rule)
     grouped.how = {
         **dict.fromkeys(("key", "value"), f"merged {have} to {want} heads ({rule})"),
         **dict.fromkeys(("query", "out"), f"adapted to merged heads ({rule})"),

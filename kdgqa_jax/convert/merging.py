@@ -36,7 +36,7 @@ Biases (N,H), (J,H), (J,H), (D,); those of query, key and value may be missing.
 """
 
 FLOOR = 1e-6  # least eigenvalue under a square root, as a share of the largest one
-RIDGE = 1e-6  # isotropic part added to the input moments, as a share of their mean eigenvalue
+RIDGE = 1e-6  # isotropic part added to the moments, as a share of the mean eigenvalue of E[x x^T]
 # Moments summed in float32 are known to about that. The floor bounds how much a direction that
 # queries or outputs hardly use is blown up; the ridge has the weights decide about directions that
 # calibration never showed, where rounding errors would.
@@ -347,6 +347,32 @@ def _check_moments(moments: InputMoments, width: int) -> None:
 
 
 # --- all layers of a ViT ------------------------------------------------------------------------
+
+
+def one_per_query_head(params: dict[str, Any], norm_stats: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a DGQA model with each key/value head once for every query head it serves.
+
+    The equal groups that merging goes by are then those of the model, whatever its allocation.
+
+    Args:
+      params: of `vit.VisionTransformer` with K key/value heads, layers stacked or not.
+      norm_stats: its memory, with the allocation of every layer.
+
+    Returns:
+      `params` with N key/value heads.
+    """
+    if "blocks" in params:
+        return stack_layers(one_per_query_head(unstack_layers(params), norm_stats))
+    params = dict(params)
+    for name, memory in unstack_layers(norm_stats).items():
+        attention = dict(params[name]["attn"])
+        for projection in ("key", "value"):
+            attention[projection] = {
+                leaf: np.repeat(np.asarray(x), memory["attn"]["allocation"], axis=-2)
+                for leaf, x in attention[projection].items()
+            }
+        params[name] = {**params[name], "attn": attention}
+    return params
 
 
 def to_merged(
