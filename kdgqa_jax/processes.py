@@ -1,7 +1,9 @@
 """What several processes of one run do together; one process is a job of one."""
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -47,7 +49,14 @@ def join_processes(coordinator: str | None, count: int | None, index: int | None
             " of them within a minute, with the same --coordinator HOST:PORT and --num-processes"
         ) from None
     threading.Thread(target=_watch, daemon=True).start()
+    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     return jax.process_index()
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(number: int) -> None:
+    """Where process 0 is gone, the runtime aborts this one at once, past all handlers of Python."""
+    leave(f"the runtime gave up, most likely because process 0 of this run has ended; {GONE}")
 
 
 def _watch() -> None:
@@ -83,8 +92,12 @@ def part(status: int = 0) -> None:
     time.sleep(1.0)
 
 
+_LEAVING = threading.Lock()
+
+
 def leave(text: str) -> None:
     """End this process at once: an orderly end would wait for processes that may be gone."""
+    _LEAVING.acquire()  # for good: several threads may notice at the same time, one says it
     sys.stdout.flush()
     print(f"kdgqa: {text}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -293,26 +293,26 @@ def start_two(config_file, workdir, *flags, arg):
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(config_file, tmp_path):
-    """Data parallel in one go; FSDP with one of them killed and both started again."""
-    arg, fsdp = "steps=10,every=2", "--config.mesh.fsdp=8"
+    """Data parallel and FSDP; the first of them, or the other, is killed, and both resume."""
+    arg, meshes = "steps=10,every=2", {"data": (), "fsdp": ("--config.mesh.fsdp=8",)}
     finish(start(config_file, tmp_path / "one", arg=arg))
-    for process in start_two(config_file, tmp_path / "data", arg=arg):
-        finish(process)
-
-    first, second = start_two(config_file, tmp_path / "fsdp", fsdp, arg=arg)
-    wait_for_step(first, tmp_path / "fsdp", 5)
-    os.killpg(second.pid, signal.SIGKILL)
-    killed = time.monotonic()
-    _, err = first.communicate(timeout=90)
-    assert time.monotonic() - killed < 60
-    assert first.returncode == 1
-    assert "of this run has ended" in err and "start all of them again" in err
-    second.communicate()
-    out = finish_both(start_two(config_file, tmp_path / "fsdp", fsdp, arg=arg))
-    assert "going on from step" in out
+    for victim, (name, flags) in enumerate(meshes.items()):
+        processes = start_two(config_file, tmp_path / name, *flags, arg=arg)
+        left = processes[1 - victim]
+        wait_for_step(left, tmp_path / name, 5)
+        os.killpg(processes[victim].pid, signal.SIGKILL)
+        killed = time.monotonic()
+        _, err = left.communicate(timeout=90)
+        assert time.monotonic() - killed < 60
+        assert left.returncode == 1
+        last = err.strip().splitlines()[-1]
+        assert "of this run has ended" in last and "start all of them again" in last
+        processes[victim].communicate()
+        out = finish_both(start_two(config_file, tmp_path / name, *flags, arg=arg))
+        assert "going on from step" in out
 
     _, one, _ = checkpoint.load_model(tmp_path / "one" / "model")
-    for name in ("data", "fsdp"):
+    for name in meshes:
         _, two, _ = checkpoint.load_model(tmp_path / name / "model")
         train.jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
         pairs = list(zip(records(tmp_path / "one"), records(tmp_path / name), strict=True))
