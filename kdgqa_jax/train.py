@@ -232,8 +232,8 @@ def train_and_evaluate(
                 waited += time.monotonic() - asked_at
                 state, metrics = train_step(state, fetch(batch))
                 ends = preemption.asked(step)
-                note = ""
-                if step % config.log_every == 0 or step == num_steps:
+                note, last = "", step == num_steps
+                if step % config.log_every == 0 or last:
                     check_finite(metrics)
                     values = {name: np.asarray(x).tolist() for name, x in metrics.items()}
                     values.pop("first_skipped")
@@ -253,15 +253,15 @@ def train_and_evaluate(
                     interval_step, interval_started, waited = step, now, 0.0
                     note = f"loss {values['loss']:.3f}, {rate:.0f} images/s"
                 bar.update(step, note)
-                evaluates = config.eval_every_epochs and step % eval_every == 0
-                saves = step % config.checkpoint_every == 0
-                if ends or ((evaluates or saves) and step != num_steps):
+                evaluates = config.eval_every_epochs and step % eval_every == 0 and not last
+                saves = ends or (step % config.checkpoint_every == 0 and not last)
+                if evaluates or saves:
                     check_finite(metrics)
                     jax.block_until_ready(metrics)  # from here on, the time is not that of steps
                     paused = time.monotonic()
-                    if evaluates and step != num_steps:
+                    if evaluates:
                         evaluate_now(step)
-                    if ends or saves:
+                    if saves:
                         checkpoints.save(step, state, position())
                         memory.give_back()
                     interval_started += time.monotonic() - paused

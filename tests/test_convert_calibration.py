@@ -148,15 +148,19 @@ def test_batches_are_split_over_all_devices_but_those_along_model(monkeypatch):
 def source(mha, tmp_path_factory):
     """A model directory with the parameters of `mha`."""
     _, params, _, _ = mha
-    path = tmp_path_factory.mktemp("source") / "model"
+    return save_model(tmp_path_factory.mktemp("source"), {"params": params}, "mha")
+
+
+def save_model(folder, variables, attention, **options):
+    """A model directory in `folder`."""
     description = {
-        "model": {"name": "mu/4", "attention": "mha", **helpers.TINY},
+        "model": {"name": "mu/4", "attention": attention, **helpers.TINY, **options},
         "channels": 1,
         "class_names": [str(i) for i in range(5)],
         "preprocessing": {"mean": [0.5], "std": [0.5]},
     }
-    checkpoint.save_model(path, {"params": params}, description)
-    return path
+    checkpoint.save_model(folder / "model", variables, description)
+    return folder / "model"
 
 
 def test_conversion_with_calibration_images(source, mha, tmp_path):
@@ -217,17 +221,8 @@ def test_a_source_with_an_allocation_of_its_own(tmp_path):
     stacked = merging.one_per_query_head(*map(layers.stack_layers, (params, memory)))
     helpers.assert_trees_close(layers.unstack_layers(stacked), expanded, atol=0)
 
-    checkpoint.save_model(
-        tmp_path / "model",
-        variables,
-        {
-            "model": {"name": "mu/4", "attention": "dgqa_diff", "num_kv_heads": 3, **helpers.TINY},
-            "channels": 1,
-            "class_names": [str(i) for i in range(5)],
-            "preprocessing": {"mean": [0.5], "std": [0.5]},
-        },
-    )
-    found = convert.load(tmp_path / "model", attention="gqa", num_kv_heads=1, pooling="svd")
+    path = save_model(tmp_path, variables, "dgqa_diff", num_kv_heads=3)
+    found = convert.load(path, attention="gqa", num_kv_heads=1, pooling="svd")
     merged, _ = convert.to_merged(expanded, 1)
     helpers.assert_trees_close(found.variables["params"], merged, atol=1e-6)
     assert found.report.warnings == []
@@ -387,8 +382,7 @@ def test_the_number_suggested_for_all_layers_suits_each_of_them(mha, tmp_path):
                 few = np.split(x, N // equal, axis=-2)
                 repeated = [np.repeat(heads[..., :1, :], equal, axis=-2) for heads in few]
                 params[f"blocks_{i}"]["attn"][projection][leaf] = np.concatenate(repeated, axis=-2)
-    description = {"model": {"name": "mu/4", "attention": "mha", **helpers.TINY}, "channels": 1}
-    checkpoint.save_model(tmp_path / "model", {"params": params}, description)
-    rows, said = convert.suggest_kv_heads(tmp_path / "model", 0.999)
+    path = save_model(tmp_path, {"params": params}, "mha")
+    rows, said = convert.suggest_kv_heads(path, 0.999)
     assert [row[1] for row in rows] == ["2", "3"]
     assert "keeps 0.999 with 6 of 6" in said

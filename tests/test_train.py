@@ -197,7 +197,7 @@ def go_back(workdir, step):
 
 
 def test_numbers_that_are_not_finite(monkeypatch, poison, tmp_path):
-    """They stop a run, which may leave them out then, and later be stopped by others again."""
+    """They stop a run; it goes on under `skip`, which leaves them out, and then under `stop`."""
     read = train.pipeline.TrainBatches.__next__
 
     def with_a_bad_one(self):

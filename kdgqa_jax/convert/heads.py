@@ -102,12 +102,11 @@ def _merge(
 ) -> None:
     have, want = before.attention["num_kv_heads"], after.attention["num_kv_heads"]
     check_groups(have, want)
-    params, served = variables["params"], before.attention["attention"]
-    if variables.get("norm_stats"):
-        params = one_per_query_head(params, variables["norm_stats"])
-    elif VARIANTS[served].rule is not None:
+    memory, source = variables.get("norm_stats", {}), before.attention["attention"]
+    params = one_per_query_head(variables["params"], memory)
+    if VARIANTS[source].rule is not None and not memory:
         grouped.warnings.append(
-            f"the query heads of a {served} model go to other key/value heads from batch to batch;"
+            f"the query heads of a {source} model go to other key/value heads from batch to batch;"
             f" {rule} takes them as equal groups"
         )
     moments, by = None, "without data, by weights and norm scales"

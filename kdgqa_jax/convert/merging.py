@@ -356,11 +356,13 @@ def one_per_query_head(params: dict[str, Any], norm_stats: dict[str, Any]) -> di
 
     Args:
       params: of `vit.VisionTransformer` with K key/value heads, layers stacked or not.
-      norm_stats: its memory, with the allocation of every layer.
+      norm_stats: its memory, with the allocation of every layer; {}: a model without one.
 
     Returns:
-      `params` with N key/value heads.
+      `params` with N key/value heads; without a memory, as they are.
     """
+    if not norm_stats:
+        return params
     if "blocks" in params:
         return stack_layers(one_per_query_head(unstack_layers(params), norm_stats))
     params = dict(params)

@@ -35,8 +35,7 @@ def suggest_kv_heads(
         raise UserError(f"share {share} of the energy to keep must be above 0 and at most 1")
     model, variables, description = checkpoint.load_model(directory)
     params = layers.unstack_layers(jax.device_get(variables["params"]))
-    if variables.get("norm_stats"):
-        params = one_per_query_head(params, variables["norm_stats"])
+    params = one_per_query_head(params, variables.get("norm_stats", {}))
     gathered, by = None, "by weights and norm scales, without data"
     if calibration is not None:
         preprocessing = Preprocessing(**description["preprocessing"])
