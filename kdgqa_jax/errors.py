@@ -26,6 +26,9 @@ def check_rates(**rates: float) -> None:
 SEEDS = range(2**32)
 """What random number generators take."""
 
+LARGEST = 2**31 - 1
+"""The largest number of anything: what comes near it is a slip, and overflows somewhere."""
+
 
 def check_seed(seed: int) -> None:
     """Raise UserError for a seed that is not in `SEEDS`."""

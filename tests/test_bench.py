@@ -25,13 +25,13 @@ def test_data_stages_side_by_side(capsys, monkeypatch):
     ("arguments", "says"),
     [
         (["--dataset", "digit"], "did you mean 'digits'"),
-        (["--images", "0"], "--images 0 must be at least 1"),
-        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
-        (["--workers", "-1"], "--workers -1 must not be negative"),
+        (["--images", "0"], "--images: '0' must be a whole number, at least 1"),
+        (["--batch-size", "0"], "--batch-size: '0' must be a whole number, at least 1"),
+        (["--workers", "-1"], "--workers: '-1' must be a whole number, at least 0"),
     ],
 )
 def test_bad_requests_are_told(capsys, arguments, says):
-    assert cli.main(["bench", "data", *arguments]) == 1
+    assert cli.main(["bench", "data", *arguments]) in (1, 2)
     assert says in capsys.readouterr().err
 
 

@@ -229,8 +229,8 @@ def test_what_exists_is_left_alone(capsys, tmp_path, weights):
 def test_an_empty_place_is_not_the_current_directory(capsys, tmp_path, weights, monkeypatch):
     save_file(weights, tmp_path / "a.safetensors")
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["convert", "--source", "a.safetensors", "--num-heads", "6", "--out", ""]) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert cli.main(["convert", "--source", "a.safetensors", "--num-heads", "6", "--out", ""]) == 2
+    assert "names no file or directory" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 

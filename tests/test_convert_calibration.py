@@ -329,7 +329,10 @@ def test_command_line_warns_on_standard_error(source, tmp_path, capsys):
         (("--calibration", "digit"), "'digit' is neither a folder of images nor a data set"),
         (("--calibration", "fashion_mnist"), "needs a data directory (--data-dir DIR)"),
         (("--calibration", "{tmp}"), "holds no images"),
-        (("--calibration", "digits", "--calibration-images", 0), "0 calibration images were asked"),
+        (
+            ("--calibration", "digits", "--calibration-images", 0),
+            "--calibration-images: '0' must be",
+        ),
         (("--calibration", "digits", "--pooling", "mean"), "'mean' takes no calibration images"),
         (("--calibration", "digits", "--to", "released"), "--calibration belong to a conversion"),
         (("--calibration-images", 64, "--data-dir", "x"), "--data-dir need --calibration (a data"),
@@ -338,7 +341,7 @@ def test_command_line_warns_on_standard_error(source, tmp_path, capsys):
 def test_command_line_tells_what_calibration_lacks(source, tmp_path, capsys, options, says):
     options = [str(option).replace("{tmp}", str(tmp_path)) for option in options]
     given = ("--attention", "gqa", "--pooling", "svd") if "--to" not in options else ()
-    assert convert_command(source, tmp_path / "out", *given, *options) == 1
+    assert convert_command(source, tmp_path / "out", *given, *options) in (1, 2)
     shown = capsys.readouterr()
     assert says in shown.err and shown.err.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -206,8 +206,8 @@ def test_arrays_that_do_not_fit(make_model, tmp_path, capsys, array, says):
         (["--images", "{tmp}/empty"], "empty: holds no images"),
         (["--images", "{tmp}/a.npy", "{tmp}/b.npy"], "give one .npy file"),
         (["--images", "{tmp}/text.png", "--out", "{tmp}/a.txt"], "a.txt: unknown kind of file"),
-        (["--images", "{tmp}/text.png", "--batch-size", "0"], "batch size 0 must be at least 1"),
-        (["--images", "{tmp}/fine.png", "--top", "0"], "top 0 classes were asked for"),
+        (["--images", "{tmp}/text.png", "--batch-size", "0"], "--batch-size: '0' must be a whole"),
+        (["--images", "{tmp}/fine.png", "--top", "0"], "--top: '0' must be a whole number"),
         (["--images", "{tmp}/text.png", "--checkpoint", "{tmp}"], "is not a model directory"),
     ],
 )
@@ -220,6 +220,6 @@ def test_images_that_cannot_be_read(make_model, tmp_path, capsys, arguments, say
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
     (tmp_path / "empty").mkdir()
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    assert cli.main(["predict", "--checkpoint", str(path), *arguments]) == 1
+    assert cli.main(["predict", "--checkpoint", str(path), *arguments]) in (1, 2)
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1

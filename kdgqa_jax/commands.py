@@ -1,0 +1,215 @@
+"""What the commands do with their flags; the work is done by the modules, imported when needed."""
+
+import argparse
+import sys
+from typing import Any
+
+from kdgqa_jax import flags
+from kdgqa_jax.errors import UserError
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    """The protocol of a study, on the demo's data."""
+    from kdgqa_jax import config, study
+
+    settings = config.load_config(f"demo:dataset={arguments.dataset}")
+    for stage in (settings.pretrain, settings.uptrain, settings.finetune):
+        stage.data.data_dir = arguments.data_dir
+    settings.seeds, settings.seed = arguments.seeds, arguments.seed
+    if arguments.variants:
+        settings.variants = tuple(arguments.variants.split(","))
+    study.run_study(config.override(settings, arguments.overrides), arguments.workdir)
+
+
+def run_study(arguments: argparse.Namespace) -> None:
+    """The protocol of a config."""
+    from kdgqa_jax import config, study
+
+    settings = config.override(config.load_config(arguments.config), arguments.overrides)
+    study.run_study(settings, arguments.workdir)
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    """One training run, alone or as one of several processes."""
+    from kdgqa_jax import config, train
+    from kdgqa_jax.console import say
+
+    _join(arguments)
+    settings = config.override(config.load_config(arguments.config), arguments.overrides)
+    result = train.train_and_evaluate(settings, arguments.workdir)
+    if arguments.multihost:
+        from kdgqa_jax import processes
+
+        processes.part()
+    say(
+        f"test top-1 {result['top1']:.2f} % (best {result['best_top1']:.2f} %), top-5"
+        f" {result['top5']:.2f} %, loss {result['loss']:.4f}; model in {arguments.workdir}/model"
+    )
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    """Become one of several processes, if that is asked for."""
+    from kdgqa_jax import console, processes
+
+    job = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if arguments.multihost:
+        if processes.join_processes(*job) > 0:
+            console.be_silent()  # the first process speaks for all
+    elif any(x is not None for x in job):
+        raise UserError("--coordinator, --num-processes and --process-id need --multihost")
+
+
+def run_prepare(arguments: argparse.Namespace) -> None:
+    """Download and prepare a data set, and count it."""
+    from kdgqa_jax.console import say
+    from kdgqa_jax.data import sources
+
+    dataset = sources.prepare(arguments.dataset, arguments.data_dir)
+    say(
+        f"{arguments.dataset}: {len(dataset.train):,} images to train on, {len(dataset.test):,} to"
+        f" test on, {len(dataset.class_names)} classes"
+    )
+
+
+def run_bench(arguments: argparse.Namespace) -> None:
+    """Measure what was asked for."""
+    from kdgqa_jax import bench, bench_data, config
+
+    if arguments.what == "convert":
+        bench.bench_convert(arguments.model, arguments.pooling, arguments.calibration_images)
+        return
+    if arguments.what == "data":
+        settings = bench_data.bench_config(
+            arguments.dataset, arguments.data_dir, arguments.batch_size, arguments.workers
+        )
+        settings = config.override(settings, arguments.overrides)
+        bench_data.bench_data(settings, arguments.image_size, arguments.images)
+        return
+    settings = bench.bench_config(
+        arguments.model, arguments.num_kv_heads, arguments.batch_size, arguments.dtype
+    )
+    settings = config.override(settings, arguments.overrides)
+    bench.bench_train(settings, arguments.variants.split(","), arguments.steps)
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    """Write a model directory, or with --to a file of PyTorch names."""
+    from kdgqa_jax import convert, workdir
+    from kdgqa_jax.console import say, table
+
+    workdir.check_new(arguments.out)
+    given = flags.given(arguments, {**flags.CONVERT_OPTIONS, **flags.CALIBRATION_OPTIONS})
+    if arguments.to and given:
+        raise UserError(
+            f"--to writes a model directory as it is; {', '.join(given)} belong to a conversion"
+            " without --to"
+        )
+    if arguments.to:
+        convert.export(arguments.source, arguments.out, arguments.to)
+        say(f"written: {arguments.out}")
+        return
+    options = {name: getattr(arguments, name) for name in flags.CONVERT_OPTIONS}
+    options["calibration"] = _calibration(arguments)
+    converted = convert.load(arguments.source, **options)
+    report = converted.report
+    table(report.HEADER, report.rows())
+    for note in report.notes:
+        say(note)
+    for warning in report.warnings:
+        print(f"kdgqa convert: warning: {warning}", file=sys.stderr)
+    converted.save(arguments.out)
+    say(f"model directory: {arguments.out}")
+
+
+def _calibration(arguments: argparse.Namespace) -> Any:
+    """Where calibration images come from; None without --calibration."""
+    from kdgqa_jax.convert import CalibrationImages
+
+    if not arguments.calibration:
+        given = flags.given(arguments, flags.CALIBRATION_OPTIONS)
+        if given:
+            raise UserError(f"{', '.join(given)} need --calibration (a data set or a folder)")
+        return None
+    place = (arguments.calibration, arguments.data_dir, arguments.calibration_images)
+    return CalibrationImages(*place, seed=arguments.seed)
+
+
+def run_predict(arguments: argparse.Namespace) -> None:
+    """Predictions of images, as a table or a file."""
+    from kdgqa_jax import predict
+    from kdgqa_jax.console import say, table
+
+    if arguments.out:
+        predict.check_output(arguments.out)
+    names, predictions, classes = predict.predict_files(
+        arguments.checkpoint, arguments.images, arguments.batch_size
+    )
+    if arguments.out:
+        predict.write(arguments.out, names, predictions, classes, arguments.top)
+        say(f"{len(names)} images, written: {arguments.out}")
+    else:
+        top = predict.top_classes(predictions.logits, classes, arguments.top)
+        rows = [
+            [name, ", ".join(f"{label} {100 * p:.1f} %" for label, p in best)]
+            for name, best in zip(names, top, strict=True)
+        ]
+        table(("image", f"top {arguments.top}"), rows)
+    for line in predict.describe_allocation(predictions.allocation):
+        say(line)
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """Figures on a data set, as lines and a file."""
+    import pathlib
+
+    from kdgqa_jax import evaluate, logs, predict, workdir
+    from kdgqa_jax.console import say, table
+
+    if arguments.out and not arguments.out.endswith(".json"):
+        raise UserError(f"--out {arguments.out}: results are JSON; give a name that ends in .json")
+    result, class_names = evaluate.evaluate_directory(
+        arguments.checkpoint,
+        arguments.dataset,
+        arguments.data_dir,
+        split=arguments.split,
+        shift=arguments.shift,
+        batch_size=arguments.batch_size,
+        per_class=arguments.per_class,
+        compare_names=not arguments.ignore_class_names,
+    )
+    by_class = result.pop("per_class", None)
+    say(
+        f"{arguments.dataset} {arguments.split}: top-1 {result['top1']:.2f} %, top-5"
+        f" {result['top5']:.2f} %, loss {result['loss']:.4f}, expected calibration error"
+        f" {result['calibration_error']:.2f} %, {result['count']:,} images"
+    )
+    if by_class:
+        rows = list(zip(class_names, by_class["count"], by_class["top1"], strict=True))
+        result["per_class"] = [{"class": n, "count": c, "top1": top1} for n, c, top1 in rows]
+        shown = [[n, f"{c:,}", "" if top1 is None else f"{top1:.2f}"] for n, c, top1 in rows]
+        table(("class", "images", "top-1 %"), shown, numbers=True)
+    for line in predict.describe_allocation([result["allocation"]]):
+        say(line)
+    if arguments.out:
+        about = ("checkpoint", "dataset", "split", "shift", "batch_size")
+        about = {name: getattr(arguments, name) for name in about}
+        workdir.write_json(pathlib.Path(arguments.out), logs.valid_json({**about, **result}))
+        say(f"written: {arguments.out}")
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    """What a model directory holds, or how few key/value heads would do."""
+    from kdgqa_jax import analysis, convert
+    from kdgqa_jax.console import say, table
+
+    share = arguments.suggest_kv_heads
+    if share is None:
+        if arguments.calibration:
+            raise UserError("--calibration belongs to --suggest-kv-heads SHARE")
+        facts, rows = analysis.summarise(arguments.checkpoint)
+        table(("", arguments.checkpoint), facts)
+        table(analysis.LAYER_HEADER, rows)
+        return
+    rows, by = convert.suggest_kv_heads(arguments.checkpoint, share, _calibration(arguments))
+    table(convert.SUGGESTION_HEADER, rows, numbers=True)
+    say(by)

@@ -1,0 +1,279 @@
+"""The flags of each command, and what their values may be."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from kdgqa_jax import paths
+from kdgqa_jax.errors import LARGEST, SEEDS, UserError, one_line
+
+# --- Values of flags ----------------------------------------------------------------------------
+
+
+def _value(expected: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A `type` of argparse that says what was expected where `parse` fails."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        except (ValueError, OverflowError):
+            shown = repr(one_line(text, 80))
+            raise argparse.ArgumentTypeError(f"{shown} must be {expected}") from None
+
+    return parsed
+
+
+def _in(allowed: range, text: str) -> int:
+    if int(text) not in allowed:
+        raise ValueError
+    return int(text)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A `type` for whole numbers from `least` on."""
+    allowed = range(least, LARGEST + 1)
+    return _value(f"a whole number, at least {least}", lambda text: _in(allowed, text))
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
+
+
+def _image_size(text: str) -> int | tuple[int, int]:
+    sides = [_in(range(1, LARGEST + 1), side) for side in text.lower().split("x")]
+    if len(sides) > 2:
+        raise ValueError
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _local(text: str) -> str:
+    paths.local(text)
+    return text
+
+
+POSITIVE, COUNT = at_least(1), at_least(0)
+SEED = _value("a seed, 0 to 2**32 - 1", lambda text: _in(SEEDS, text))
+NUMBER = _value("a finite number", _finite)
+NUMBERS = _value("finite numbers with commas", lambda text: [_finite(x) for x in text.split(",")])
+IMAGE_SIZE = _value("SIDE or HEIGHTxWIDTH in pixels", _image_size)
+PATH = _value("a path", _local)
+PATH_OR_NONE = _value("a path", lambda text: text and _local(text))
+SOURCE = _value("a path", lambda text: text if text.startswith("hf:") else _local(text))
+
+
+# --- Flags of each command ----------------------------------------------------------------------
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa demo`."""
+    _add_workdir(parser)
+    parser.add_argument("--dataset", default="digits", help="digits or fashion_mnist")
+    _add_data_dir(parser, "where the files of fashion_mnist lie")
+    parser.add_argument("--seeds", type=POSITIVE, default=1, help="how many seeds")
+    parser.add_argument("--seed", type=SEED, default=42, help="the first seed")
+    parser.add_argument(
+        "--variants", help="with commas, VARIANT or VARIANT@RULE; none: all, and gqa@svd"
+    )
+
+
+def add_prepare(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa prepare`."""
+    parser.add_argument("--dataset", required=True, help="NAME, tfds:NAME or folder:PATH")
+    _add_data_dir(parser, "where its files are, or will be")
+
+
+def _add_workdir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", type=PATH, required=True, help="directory of the run")
+
+
+def _add_data_dir(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--data-dir", type=PATH_OR_NONE, default="", help=help)
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa bench`."""
+    parser.add_argument("what", choices=["train", "convert", "data"], help="what is measured")
+    parser.add_argument("--model", default="B/16", help="SIZE/PATCH")
+    parser.add_argument("--variants", default="gqa,kdgqa,dgqa_ema", help="the first one is the 1")
+    parser.add_argument("--num-kv-heads", type=POSITIVE, help="key/value heads; none: half")
+    parser.add_argument("--batch-size", type=POSITIVE, default=64, help="images per step")
+    parser.add_argument("--dtype", default="bfloat16", help="of the computation")
+    parser.add_argument("--steps", type=COUNT, default=5, help="steps timed; 0: compile only")
+    parser.add_argument("--pooling", default="mean", help="convert: the rule")
+    parser.add_argument(
+        "--calibration-images", type=COUNT, default=0, help="convert: random images that calibrate"
+    )
+    parser.add_argument("--dataset", default="digits", help="data: a data set")
+    _add_data_dir(parser, "data: where its files are")
+    parser.add_argument("--image-size", type=POSITIVE, default=224, help="data: side in pixels")
+    parser.add_argument("--images", type=POSITIVE, default=2048, help="data: how many images")
+    parser.add_argument("--workers", type=COUNT, default=2, help="data: processes that read")
+
+
+def add_study(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa study`."""
+    _add_workdir(parser)
+    parser.add_argument("--config", required=True, help="NAME[:key=value,...] or a .py file")
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa train`."""
+    add_study(parser)
+    parser.add_argument(
+        "--multihost", action="store_true", help="one of several processes: the same on every host"
+    )
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0; none: found by JAX")
+    parser.add_argument("--num-processes", type=POSITIVE, help="how many; none: found by JAX")
+    parser.add_argument("--process-id", type=COUNT, help="of this one; none: found by JAX")
+
+
+CALIBRATION_OPTIONS: dict[str, dict] = {
+    "calibration": {"type": PATH, "help": "data set or folder of images to merge by"},
+    "calibration_images": {"type": POSITIVE, "default": 512, "help": "how many of them"},
+    "data_dir": {
+        "type": PATH_OR_NONE,
+        "default": "",
+        "help": "where the files of the data set are",
+    },
+}
+"""Fields of `convert.CalibrationImages`, with the seed of `--seed`."""
+
+_NAMES = {"metavar": "NAME", "nargs": "+", "default": []}
+CONVERT_OPTIONS: dict[str, dict] = {
+    "attention": {"help": "variant; none: that of the source"},
+    "num_kv_heads": {"type": POSITIVE, "help": "key/value heads; none: half the query heads"},
+    "pooling": {"default": "mean", "help": "mean, first, random, procrustes or svd"},
+    "refit": {"action": "store_true", "default": False, "help": "output to the calibration images"},
+    "seed": {"type": SEED, "default": 0, "help": "of all random choices"},
+    "image_size": {"type": IMAGE_SIZE, "help": "SIDE or HEIGHTxWIDTH; none: as it is"},
+    "num_classes": {"type": COUNT, "help": "of a new head; none: as it is"},
+    "num_heads": {"type": POSITIVE, "help": "query heads, where the source does not tell"},
+    "channels": {"type": POSITIVE, "help": "of images; none: as it is"},
+    "mean": {"type": NUMBERS, "help": "of pixels in 0..1, with commas"},
+    "std": {"type": NUMBERS, "help": "of pixels in 0..1, with commas"},
+    "allow_missing": {**_NAMES, "help": "may be missing: starts anew"},
+    "allow_left_over": {**_NAMES, "help": "may be in the source, unused"},
+    "allow_nan": {"action": "store_true", "default": False, "help": "accept NaN and infinity"},
+}
+"""The options of `convert.load`."""
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa convert`."""
+    parser.add_argument(
+        "--source", type=SOURCE, required=True, help="file, directory or hf:org/name"
+    )
+    parser.add_argument(
+        "--out", type=PATH, required=True, help="directory (or, with --to, file) to write"
+    )
+    parser.add_argument("--to", help="write a file instead: safetensors or released")
+    _add_options(parser, {**CONVERT_OPTIONS, **CALIBRATION_OPTIONS})
+
+
+def _add_options(parser: argparse.ArgumentParser, options: dict[str, dict]) -> None:
+    for name, settings in options.items():
+        metavar = {} if "action" in settings else {"metavar": name.split("_")[-1].upper()}
+        parser.add_argument(f"--{name.replace('_', '-')}", **{**metavar, **settings})
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa predict`."""
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        type=PATH,
+        required=True,
+        help="a .npy (float32 NHWC), or files and folders",
+    )
+    parser.add_argument(
+        "--out", type=PATH, help=".npy (logits), .csv or .json (top classes); none: a table"
+    )
+    parser.add_argument("--top", type=POSITIVE, default=5, help="how many classes")
+    parser.add_argument("--batch-size", type=POSITIVE, default=256, help="images per batch")
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa evaluate`."""
+    from kdgqa_jax.data.sources import SHIFTS
+
+    _add_checkpoint(parser)
+    add_prepare(parser)
+    parser.add_argument("--split", choices=["test", "train"], default="test", help="which images")
+    parser.add_argument("--shift", default="none", help=", ".join(SHIFTS))
+    parser.add_argument("--batch-size", type=POSITIVE, default=256, help="images per batch")
+    parser.add_argument("--per-class", action="store_true", help="accuracy by class too")
+    parser.add_argument("--out", type=PATH, help="a .json file for the figures")
+    parser.add_argument(
+        "--ignore-class-names", action="store_true", help="classes may have other names"
+    )
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=PATH, required=True, help="a model directory")
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa inspect`."""
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--suggest-kv-heads",
+        type=NUMBER,
+        metavar="SHARE",
+        help="per layer the fewest key/value heads whose merging keeps this share of the energy",
+    )
+    _add_options(parser, CALIBRATION_OPTIONS)
+    parser.add_argument("--seed", type=SEED, default=0, help="of the choice of images")
+
+
+def given(arguments: argparse.Namespace, options: dict[str, dict]) -> list[str]:
+    """The flags among `options` that do not stand at their defaults."""
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, settings in options.items()
+        if getattr(arguments, name) != settings.get("default")
+    ]
+
+
+# --- Parsers ------------------------------------------------------------------------------------
+
+
+class WrongFlagsError(UserError):
+    """Flags that a command does not have or values that they do not take."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `WrongFlagsError`."""
+        text = one_line(message, None)
+        raise WrongFlagsError(f"{self.prog}: {text}; {self.prog} --help shows the flags")
+
+
+class Help(argparse.HelpFormatter):
+    """Help on one screen: wide flags beside their texts, defaults where there are any."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default is False or action.default in (None, "", [], argparse.SUPPRESS)
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+
+def usage(parser: argparse.ArgumentParser) -> str:
+    """The usage line of a command: what it needs."""
+    needed = [a for a in parser._actions if a.required]
+    shown = [
+        f"{a.option_strings[0]} {a.metavar or a.dest.upper()}"
+        if a.option_strings
+        else "{" + ",".join(a.choices) + "}"
+        for a in needed
+    ]
+    return " ".join([parser.prog, *shown, "[options]"])
