@@ -79,7 +79,7 @@ def key_head_norms(
         raise ValueError(f"mask must have the shape (B,) = {key.shape[:1]}, got {mask.shape}")
     valid = mask.astype(bool)
     total = jnp.sum(jnp.where(valid[:, None], norms, 0.0), axis=0)
-    return total / jnp.maximum(jnp.sum(valid), 1)
+    return total / jnp.maximum(jnp.sum(valid), 1).astype(total.dtype)
 
 
 # --- scores -> allocation -----------------------------------------------------------------------
@@ -109,12 +109,14 @@ def repair(allocation: Array, num_heads: int) -> Array:
     """
     a = allocation.astype(jnp.int32)[..., :, None]  # (..., K, 1)
     excess = jnp.sum(a, axis=-2, keepdims=True) - num_heads  # (..., 1, 1)
-    v = jnp.arange(1, num_heads + 1, dtype=jnp.int32)  # (V,)
+    v = jnp.arange(1, num_heads + 1, dtype=jnp.int32)
+    v = jnp.expand_dims(v, range(a.ndim - 1))  # (..., 1, V)
     filled = v <= a  # (..., K, V)
 
     def first(units: Array, units_before: Array, count: Array) -> Array:
         """The first `count` of `units`, where `units_before` come from the levels before v."""
-        same_level_before = jnp.cumsum(units, axis=-2, dtype=jnp.int32) - units
+        units_till_here = jnp.cumsum(units, axis=-2, dtype=jnp.int32)
+        same_level_before = units_till_here - units.astype(jnp.int32)
         return units & (units_before + same_level_before < count)
 
     above = jnp.sum(jnp.maximum(a - v, 0), axis=-2, keepdims=True)
@@ -137,7 +139,8 @@ def _finish(allocation: Array, usable: Array, num_heads: int, min_heads_per_grou
             f" {min_heads_per_group * num_kv_heads} query heads, but there are {num_heads}"
         )
     allocation = repair(jnp.maximum(allocation, min_heads_per_group), num_heads)
-    return jnp.where(usable, allocation, equal_allocation(num_heads, num_kv_heads))
+    equal = jnp.broadcast_to(equal_allocation(num_heads, num_kv_heads), allocation.shape)
+    return jnp.where(usable, allocation, equal)
 
 
 def _quotas(weights: Array, num_heads: int) -> tuple[Array, Array]:
@@ -205,10 +208,12 @@ def apportion(weights: Array, num_heads: int, min_heads_per_group: int = 0) -> A
     fractions = quotas - floors
     mine, other = fractions[..., :, None], fractions[..., None, :]
     index = jnp.arange(weights.shape[-1])
-    goes_before = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))
+    earlier = jnp.expand_dims(index[None, :] < index[:, None], range(mine.ndim - 2))
+    goes_before = (other > mine) | ((other == mine) & earlier)
     rank = jnp.sum(goes_before, axis=-1)
+    floors = floors.astype(jnp.int32)
     seats_left = num_heads - jnp.sum(floors, axis=-1, keepdims=True)
-    allocation = floors.astype(jnp.int32) + (rank < seats_left)
+    allocation = floors + (rank < seats_left).astype(jnp.int32)
     return _finish(allocation, usable, num_heads, min_heads_per_group)
 
 
@@ -264,11 +269,13 @@ def group_index(allocation: Array, num_heads: int) -> Array:
       (..., N) int32 in 0..K-1, non-decreasing.
     """
     ends = jnp.cumsum(allocation, axis=-1, dtype=jnp.int32)[..., None, :]  # (..., 1, K)
-    heads = jnp.arange(num_heads, dtype=jnp.int32)[:, None]  # (N, 1)
+    heads = jnp.arange(num_heads, dtype=jnp.int32)[:, None]
+    heads = jnp.expand_dims(heads, range(ends.ndim - 2))  # (..., N, 1)
     return jnp.sum(ends <= heads, axis=-1, dtype=jnp.int32)
 
 
 def assignment_mask(allocation: Array, num_heads: int) -> Array:
     """The group index as a mask: (..., N, K) bool with one True per row."""
     index = group_index(allocation, num_heads)[..., None]
-    return index == jnp.arange(allocation.shape[-1])
+    key_heads = jnp.arange(allocation.shape[-1], dtype=index.dtype)
+    return index == jnp.expand_dims(key_heads, range(index.ndim - 1))

@@ -30,7 +30,7 @@ def correct_in_top(logits: Array, labels: Array, k: int) -> Array:
     Where a logit is NaN nothing is correct.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    before = jnp.arange(logits.shape[-1]) < labels[:, None]
+    before = jnp.arange(logits.shape[-1])[None] < labels[:, None]
     ahead = (logits > own) | ((logits == own) & before)
     return (jnp.sum(ahead, axis=-1) < k) & ~jnp.any(jnp.isnan(logits), axis=-1)
 
@@ -72,11 +72,11 @@ def make_eval_step(
         logits, collections = vit.apply_in_evaluation(model, variables, images, mask)
         confidence = jnp.max(jax.nn.softmax(logits), axis=-1)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        top1 = correct_in_top(logits, labels, 1)
+        top1 = correct_in_top(logits, labels, 1).astype(jnp.float32)
         per_image = {"count": jnp.ones_like(loss), "top1": top1, "confidence": confidence}
 
         def sums_by(index: Array, size: int) -> dict[str, Array]:
-            members = mask[:, None] & (index[:, None] == jnp.arange(size))
+            members = mask[:, None] & (index[:, None] == jnp.arange(size)[None])
             return {
                 name: jnp.sum(jnp.where(members, x[:, None], 0.0), axis=0)
                 for name, x in per_image.items()

@@ -42,7 +42,7 @@ def matched_noise(
     if statistics not in STATISTICS:
         raise unknown("noise_statistics", statistics, STATISTICS)
     draw = DRAWS[distribution](rng, target.shape[1:], jnp.float32)
-    draw = jax.nn.standardize(draw, axis=-1)
+    draw = jax.nn.standardize(draw, axis=-1)[None]
     target = jax.lax.stop_gradient(target).astype(jnp.float32)
     noise = jnp.std(target, axis=-1, keepdims=True) * draw
     if statistics == "mean_std":
@@ -55,8 +55,8 @@ def perturb_maps(rng: Array, maps: Array, scale: float, *matching: str) -> Array
 
     `matching`: distribution and statistics, as `matched_noise` takes them.
     """
-    off_diagonal = ~jnp.eye(*maps.shape[-2:], dtype=bool)
-    return maps - scale * matched_noise(rng, maps, *matching) * off_diagonal
+    diagonal = jnp.eye(*maps.shape[-2:], dtype=bool)[None, None]
+    return maps - jnp.where(diagonal, 0.0, scale * matched_noise(rng, maps, *matching))
 
 
 def perturb_output(rng: Array, out: Array, scale: float, *matching: str) -> Array:

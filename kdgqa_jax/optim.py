@@ -159,13 +159,25 @@ def make_optimizer(optim: OptimConfig, num_steps: int) -> optax.GradientTransfor
 
     if optim.freeze or optim.layer_decay < 1.0:
         last.append(_scale_by(lambda tree: learning_rate_factors(optim, tree)))
-    return optax.chain(
-        *first,
-        adam,
-        optax.add_decayed_weights(optim.weight_decay, decayed),
-        *last,
-        optax.scale_by_learning_rate(schedule),
+    return _promoting(
+        optax.chain(
+            *first,
+            adam,
+            optax.add_decayed_weights(optim.weight_decay, decayed),
+            *last,
+            optax.scale_by_learning_rate(schedule),
+        )
     )
+
+
+def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same under strict dtype promotion: optax raises floats to an integer count."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def trainable(optim: OptimConfig, params: Any) -> Any:

@@ -135,9 +135,8 @@ def make_train_step(
         changed = jax.tree.map(lambda new, old: jnp.where(apply, new, old), changed, kept)
         step = state.step + 1
         first = jnp.where((state.first_skipped == 0) & ~finite, step, state.first_skipped)
-        new_state = state.replace(
-            **changed, step=step, skipped=state.skipped + ~finite, first_skipped=first
-        )
+        skipped = state.skipped + (~finite).astype(jnp.int32)
+        new_state = state.replace(**changed, step=step, skipped=skipped, first_skipped=first)
         metrics |= {
             "grad_norm": grad_norm,
             "skipped_updates": new_state.skipped,
@@ -158,6 +157,7 @@ def _average(ema: Tree, params: Tree, step: Array, decay: float) -> Tree:
     """The moving average of weights; its decay grows to `decay`, so that it forgets the start."""
     if not ema:
         return ema
+    step = step.astype(jnp.float32)
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda a, p: (a + (1.0 - decay) * (p - a)).astype(a.dtype), ema, params)
 
@@ -224,13 +224,12 @@ def _accumulated(
         index, part = part
         own = {**rngs, "dropout": jax.random.fold_in(rngs["dropout"], index)}
         grads, _, metrics = _gradients(model, state, part, own, given)
-        return jax.tree.map(lambda t, x: t + x / parts, total, (grads, metrics)), None
+        new = (grads, metrics)
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype) / parts, total, new), None
 
     first = jax.tree.map(lambda x: x[0], split)
     shapes = jax.eval_shape(lambda: _gradients(model, state, first, rngs, given)[::2])
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes
-    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     (grads, metrics), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), split))
     grads = jax.tree.map(lambda x, like: x.astype(like.dtype), grads, shapes[0])
     return grads, norm_stats, metrics

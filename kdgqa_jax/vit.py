@@ -191,7 +191,7 @@ class VisionTransformer(nn.Module):
         x = x.reshape(x.shape[0], -1, self.width)  # BTD
         prefix = [self.cls_token] if self.class_token else []
         prefix += [self.dist_token] if self.distillation != "none" else []
-        prefix = [jnp.broadcast_to(t.astype(x.dtype), (len(x), 1, self.width)) for t in prefix]
+        prefix = [jnp.broadcast_to(t.astype(x.dtype), (x.shape[0], 1, self.width)) for t in prefix]
         x = jnp.concatenate([*prefix, x], axis=1)
         return x + self.pos_embed.astype(x.dtype)
 

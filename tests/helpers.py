@@ -43,6 +43,40 @@ def normal(seed: int, *shape: int, dtype=np.float32) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
+def assert_close(actual: Any, expected: Any, relative: float, scale: float | None = None) -> None:
+    """Assert that two arrays, or two trees of arrays, are equal but for rounding.
+
+    Floats may differ by `relative` times the largest magnitude of their array. Rounding errors grow
+    with the numbers that are summed, so a fixed bound means nothing without their size: what holds
+    on one CPU fails on another, which sums in another order. A bound relative to each number fails
+    where large numbers cancel. Integers and flags must be equal.
+
+    Args:
+      actual: an array or a tree of arrays.
+      expected: of the same structure and shapes; an array may be compared with one number.
+      relative: to the largest magnitude. One rounding of float32 is 6e-8.
+      scale: takes the place of the largest magnitude, for arrays that are near zero because larger
+        numbers cancel, such as the gradient of a key bias: see `largest`.
+    """
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    for (path, a), b in pairs:
+        a, b, name = np.asarray(a), np.asarray(b), jax.tree_util.keystr(path)
+        assert a.shape == b.shape or b.ndim == 0, f"{name}: {a.shape}, expected {b.shape}"
+        if np.issubdtype(a.dtype, np.integer) or a.dtype == bool:
+            np.testing.assert_array_equal(a, b, err_msg=name)
+            continue
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        atol = relative * (largest((a, b)) if scale is None else scale)
+        np.testing.assert_allclose(a, b, rtol=0.0, atol=atol, err_msg=name)
+
+
+def largest(tree: Any) -> float:
+    """The largest magnitude of the finite numbers in a tree of arrays; 0 if there is none."""
+    arrays = [np.abs(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)]
+    return max((float(x[np.isfinite(x)].max(initial=0.0)) for x in arrays), default=0.0)
+
+
 def assert_trees_close(actual: Any, expected: Any, atol: float, rtol: float = 0.0) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(

@@ -65,7 +65,8 @@ def to_model_input(
 
 
 def _normalise(images: Array, mean: Statistic, std: Statistic) -> Array:
-    return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+    mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))  # BHWC
+    return (images - mean) / std
 
 
 def training_batch(
@@ -99,7 +100,7 @@ def training_batch(
       smoothing makes them soft).
     """
     batch_rng, rng = jax.random.split(rng)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(len(images)))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(images.shape[0]))
     keys = jax.vmap(lambda key: jax.random.split(key, 5))(keys)
     if config.pad_crop:
         images = jax.vmap(functools.partial(_pad_crop, pad=config.pad_crop))(images, keys[:, 0])
@@ -161,7 +162,8 @@ def _inside(box: Array, shape: tuple[int, int]) -> Array:
     """(H, W) bool: the pixels whose centre lies in a box (top, left, height, width)."""
     rows, columns = (jnp.arange(side, dtype=jnp.float32) + 0.5 for side in shape)
     row = (rows >= box[0]) & (rows < box[0] + box[2])
-    return row[:, None] & (columns >= box[1]) & (columns < box[1] + box[3])
+    column = (columns >= box[1]) & (columns < box[1] + box[3])
+    return row[:, None] & column[None]
 
 
 def _erase(image: Array, key: Array, rate: float) -> Array:

@@ -67,10 +67,12 @@ def _gather(images: Array, displacement: Array) -> Array:
     batch, height, width, channels = images.shape
     scaled = displacement * 65536
     floor = jnp.floor(scaled)
-    fixed = (floor + (scaled - floor >= 0.5)).astype(jnp.int32)[..., None, None]  # (B, 2, 3, 1, 1)
+    fixed = (floor + (scaled - floor >= 0.5).astype(floor.dtype)).astype(jnp.int32)
+    fixed = fixed[..., None, None]  # (B, 2, 3, 1, 1)
     y, x = jnp.indices((height, width), dtype=jnp.int32, sparse=True)
+    y, x = y[None, None], x[None, None]  # (1, 1, H, 1), (1, 1, 1, W)
     moved = fixed[:, :, 0] * x + fixed[:, :, 1] * y + fixed[:, :, 2] + 32768  # (B, 2, H, W)
-    source_x, source_y = x + (moved[:, 0] >> 16), y + (moved[:, 1] >> 16)
+    source_x, source_y = x[0] + (moved[:, 0] >> 16), y[0] + (moved[:, 1] >> 16)
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
     index = jnp.where(inside, source_y * width + source_x, 0).reshape(batch, -1, 1)
     pixels = images.reshape(batch, -1, channels)
@@ -115,7 +117,7 @@ def _blend(images: Array, degenerate: Array, factor: Array) -> Array:
 
 # --- lut: the new value of each grey level, (B, 256, C) or (B, 256, 1) int32 ---------------------
 
-_LEVELS = np.arange(256, dtype=np.int32)[:, None]
+_LEVELS = np.arange(256, dtype=np.int32)[None, :, None]
 
 
 def _posterize(histogram: Array, m: Array) -> Array:
@@ -124,7 +126,7 @@ def _posterize(histogram: Array, m: Array) -> Array:
 
 
 def _solarize(histogram: Array, m: Array) -> Array:
-    return jnp.where(m[:, None, None] > _LEVELS, _LEVELS, 255 - _LEVELS)
+    return jnp.where(m[:, None, None] > _LEVELS.astype(m.dtype), _LEVELS, 255 - _LEVELS)
 
 
 @functools.cache
@@ -157,7 +159,8 @@ def _autocontrast(histogram: Array, m: Array) -> Array:
     stride, start, short = map(jnp.asarray, _autocontrast_shortfall())
     stride, start = stride[spread], start[spread]
     entry = start + low * (spread // stride + 1) + above // stride
-    stretched = above * 255 // jnp.maximum(spread, 1) - (short[entry] & (above % stride == 0))
+    below_exact = (short[entry] & (above % stride == 0)).astype(jnp.int32)
+    stretched = above * 255 // jnp.maximum(spread, 1) - below_exact
     return jnp.where(spread > 0, stretched, _LEVELS)
 
 
