@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from kdgqa_jax import layers, vit
+from kdgqa_jax.attention import GroupedQueryAttention
 
 Array = jax.Array
 
@@ -52,14 +53,30 @@ def capture(
     return Captured(logits=logits, maps=maps, **layers.grouping_of(collections))
 
 
+def fixed_allocations(
+    model: vit.VisionTransformer, norm_stats: dict[str, Any]
+) -> list[np.ndarray | None]:
+    """By layer the allocation (K,) of every evaluation; None where the images decide about it.
+
+    Args:
+      model: any variant.
+      norm_stats: its memory, layers stacked or not; {} for variants without.
+    """
+    layer = GroupedQueryAttention(**model.attention)
+    norm_stats = layers.unstack_layers(norm_stats)
+    memories = (norm_stats.get(f"blocks_{i}", {}).get("attn", {}) for i in range(model.depth))
+    found = (layer.fixed_allocation(memory) for memory in memories)
+    return [None if x is None else np.asarray(x) for x in found]
+
+
 LAYER_HEADER = ("layer", "allocation", "idle KV heads", "remembered key norms", "key kernel norms")
 
 
 def summarise(directory: str | os.PathLike) -> tuple[list[tuple[str, str]], list[tuple[str, ...]]]:
     """What a model directory holds: (names and values, a row under `LAYER_HEADER` per layer).
 
-    The allocation is the one that is stored (DGQA) or fixed; that of `kdgqa` depends on the images.
-    The norm of a key head's kernel is its Frobenius norm.
+    The allocation is that of every evaluation; that of `kdgqa` by the norms of keys depends on the
+    images. The norm of a key head's kernel is its Frobenius norm.
 
     Raises UserError if the directory does not hold a model.
     """
@@ -88,18 +105,15 @@ def summarise(directory: str | os.PathLike) -> tuple[list[tuple[str, str]], list
         "converted from": description.get("converted", {}).get("source", "(trained)"),
     }
     rows = []
-    for i in range(model.depth):
+    for i, allocation in enumerate(fixed_allocations(model, memory)):
         kernel = np.asarray(params[f"blocks_{i}"]["attn"]["key"]["kernel"], np.float32)  # DKH
         kept = memory.get(f"blocks_{i}", {}).get("attn", {})
-        allocation = kept.get("allocation")
-        if allocation is None and attention != "kdgqa":
-            allocation = np.full(num_kv_heads, num_heads // num_kv_heads)
         rows.append(
             (
                 str(i),
                 "by the images" if allocation is None else " ".join(map(str, allocation)),
-                "" if allocation is None else str(np.sum(np.asarray(allocation) == 0)),
-                _numbers(kept.get("key_norm", ())),
+                "" if allocation is None else str(np.sum(allocation == 0)),
+                _numbers(kept.get("key_norm", kept.get("key_gradient", ()))),
                 _numbers(np.sqrt(np.sum(kernel**2, axis=(0, 2)))),
             )
         )

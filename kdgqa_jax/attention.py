@@ -41,6 +41,17 @@ class Variant:
     options: tuple[str, ...] = ()
     noise: bool = False
 
+    @property
+    def fields(self) -> set[str]:
+        """The fields of `GroupedQueryAttention` that this variant reads and another may not."""
+        names = set(self.options)
+        if self.rule is not None:
+            names |= {"importance", "window" if self.remembers else "allocation_scope"}
+        if self.noise:
+            layer = dataclasses.fields(GroupedQueryAttention)
+            names |= {field.name for field in layer if field.name.startswith("noise_")}
+        return names
+
 
 VARIANTS: dict[str, Variant] = {
     "mha": Variant(),
@@ -195,6 +206,18 @@ class GroupedQueryAttention(nn.Module):
             raise UserError(f"beta={self.beta} must be between 0 and 1")
         check_rates(dropout=self.dropout, attn_dropout=self.attn_dropout)
         return num_kv_heads
+
+    def fixed_allocation(self, memory: Mapping[str, Array]) -> Array | None:
+        """The allocation of every evaluation, (..., K) int32; None where images decide about it.
+
+        Args:
+          memory: what `norm_stats` holds for this layer; {} where `has_memory` is False.
+        """
+        if self.variant.rule is None:
+            return alloc.equal_allocation(self.num_heads, self.check())
+        if self.variant.remembers:
+            return memory["allocation"]
+        return self._apply_rule(memory["key_gradient"]) if self.importance == "gradient" else None
 
     @nn.compact
     def __call__(

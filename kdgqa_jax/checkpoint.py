@@ -283,22 +283,30 @@ def load_model(
     description = workdir.read_json(path / "model.json")
     try:
         model, channels = vit.create(**description["model"]), description["channels"]
-        shapes = jax.eval_shape(lambda: vit.init_variables(model, jax.random.key(0), channels))
+        shapes = vit.variable_shapes(model, channels)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / 'model.json'} does not describe a model ({error!r})") from None
     except UserError as error:
         raise UserError(f"{path / 'model.json'}: {error}") from None
-    expected = flatten_dict(shapes, sep="/")
     arrays = _read(path / WEIGHTS)
+    check_arrays(f"{path / WEIGHTS} does not fit model.json", arrays, shapes)
+    return model, unflatten_dict(arrays, sep="/"), description
+
+
+def check_arrays(what: str, there: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise UserError, which begins with `what`, unless arrays agree by name, shape and dtype.
+
+    Both are nested dicts, or flat ones by path.
+    """
+    here, there = (flatten_dict(tree, sep="/") for tree in (expected, there))
     wrong = [
-        f"{name} ({_shown(arrays.get(name))} there, {_shown(expected.get(name))} in model.json)"
-        for name in sorted(expected.keys() | arrays.keys())
-        if _shown(arrays.get(name)) != _shown(expected.get(name))
+        f"{name} ({_shown(there.get(name))} there, {_shown(here.get(name))} expected)"
+        for name in sorted(here.keys() | there.keys())
+        if _shown(there.get(name)) != _shown(here.get(name))
     ]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(f"{path / WEIGHTS} does not fit: {'; '.join(wrong[:4])}{more}")
-    return model, unflatten_dict(arrays, sep="/"), description
+        raise UserError(f"{what}: {'; '.join(wrong[:4])}{more}")
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:

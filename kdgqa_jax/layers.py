@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from kdgqa_jax.errors import UserError
+
 Array = jax.Array
 
 
@@ -37,6 +39,24 @@ def unstack_layers(tree: dict[str, Any]) -> dict[str, Any]:
         f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], tree["blocks"]) for i in range(depth)
     }
     return {**rest, **layers}
+
+
+def widened(tree: Any) -> Any:
+    """Arrays of half precision as float32, others as they are: what conversions compute with."""
+    return jax.tree.map(lambda x: x.astype(np.float32) if x.dtype.itemsize < 4 else x, tree)
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Every array as `dtype`, in NumPy. Raises UserError where that makes numbers infinite."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    with np.errstate(over="ignore"):
+        narrow = jax.tree.map(lambda x: np.asarray(x).astype(dtype, copy=False), tree)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(narrow), strict=True)
+    for (path, x), y in pairs:
+        if x.dtype != dtype and np.isfinite(x).all() and not np.isfinite(y).all():
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"{name} holds numbers too large for {dtype}; use bfloat16 or float32")
+    return narrow
 
 
 def only(tree: dict[str, Any], name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from kdgqa_jax import layers
 from kdgqa_jax.errors import UserError, unknown
 
 Array = jax.Array
@@ -127,7 +128,7 @@ def make_optimizer(optim: OptimConfig, num_steps: int) -> optax.GradientTransfor
     `clip_norm`; Adam (arXiv 1412.6980) with the first moment in `mu_dtype`; weight decay (arXiv
     1711.05101); the learning rate, smaller by a factor of `layer_decay` per layer from the head
     down (arXiv 2106.08254). Frozen parameters do not change, and an array that is frozen as a whole
-    has no moments.
+    has no moments. Moments and updates are float32, whatever the parameters are.
 
     It reads the parameters' names and shapes in `init` and `update`; abstract and sharded ones do.
 
@@ -159,7 +160,7 @@ def make_optimizer(optim: OptimConfig, num_steps: int) -> optax.GradientTransfor
 
     if optim.freeze or optim.layer_decay < 1.0:
         last.append(_scale_by(lambda tree: learning_rate_factors(optim, tree)))
-    return _promoting(
+    return _in_float32(
         optax.chain(
             *first,
             adam,
@@ -170,14 +171,20 @@ def make_optimizer(optim: OptimConfig, num_steps: int) -> optax.GradientTransfor
     )
 
 
-def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same under strict dtype promotion: optax raises floats to an integer count."""
+def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same with gradients, parameters and moments of half precision taken as float32.
+
+    In bfloat16 the second moment would hardly decay, in float16 `eps` would be zero.
+    """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        with jax.numpy_dtype_promotion("standard"):
+        updates, params = layers.widened((updates, params))
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an integer count
             return optimizer.update(updates, state, params)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return optax.GradientTransformation(
+        lambda params: optimizer.init(layers.widened(params)), update
+    )
 
 
 def trainable(optim: OptimConfig, params: Any) -> Any:

@@ -9,12 +9,13 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import ml_collections
 
+from kdgqa_jax import checkpoint, convert, layers, vit
 from kdgqa_jax import config as config_lib
-from kdgqa_jax import convert, layers, vit
 from kdgqa_jax import workdir as workdir_lib
+from kdgqa_jax.convert import heads
 from kdgqa_jax.data import pipeline
 from kdgqa_jax.errors import UserError
 
@@ -116,8 +117,12 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
             preprocessing[name] = _plain(theirs[name])
             if preprocessing[name] != value:
                 followed[name] = preprocessing[name]
-    layout = layers.stack_layers if model["scan_layers"] else layers.unstack_layers
-    variables = {name: layout(tree) for name, tree in found.variables.items()}
+    built = vit.create(**model)
+    memory = found.variables.get("norm_stats", {})
+    memory, _ = heads.fit_norm_stats(found.model, memory, built, channels)
+    params = layers.cast(found.variables["params"], built.param_dtype)
+    layout = layers.stack_layers if built.scan_layers else layers.unstack_layers
+    variables = {"params": layout(params), "norm_stats": layout(memory)}
     attention = found.model.attention
     told = [
         f"starting from {config.init}: {attention['attention']} with {attention['num_kv_heads']}"
@@ -126,9 +131,12 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
     told += found.report.notes
     changed = [(n, e.how) for n, e in found.report.entries.items() if n == "pos_embed" and e.how]
     told += [f"{name}: {'; '.join(how)}" for name, how in changed]
+    there, here = (jnp.dtype(m.param_dtype).name for m in (found.model, built))
+    if there != here:
+        told.append(f"parameters cast from {there} to {here} (config.model.param_dtype)")
     if followed:
         told.append(f"taken over: {', '.join(f'{k} {v}' for k, v in followed.items())}")
-    return Start(model, preprocessing, tuple(told), {"norm_stats": {}, **variables})
+    return Start(model, preprocessing, tuple(told), variables)
 
 
 def _plain(statistic: Any) -> Any:
@@ -177,22 +185,6 @@ def read(workdir: pathlib.Path) -> Start | None:
 
 
 def check_shapes(init: str, variables: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise UserError unless the variables have the shapes of a model's own."""
-
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves
-        }
-
-    want, have = shapes(expected), shapes(variables)
-    wrong = [
-        f"{name} ({have.get(name, 'missing')} there, {want.get(name, 'not expected')} here)"
-        for name in sorted(want.keys() | have.keys())
-        if want.get(name) != have.get(name)
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(
-            f"the model in {init} does not fit config.model: {'; '.join(wrong[:4])}{more}"
-        )
+    """Raise UserError unless the variables have the shapes and dtypes of a model's own."""
+    what = f"the model in {init} does not fit config.model"
+    checkpoint.check_arrays(what, variables, expected)

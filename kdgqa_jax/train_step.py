@@ -119,7 +119,7 @@ def make_train_step(
         rngs = {"dropout": dropout_rng, "noise": noise_rng}
         grads, norm_stats, metrics = gradients(state, batch_parts, rngs)
 
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = optax.tree.norm(layers.widened(grads))
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         stopped = (state.first_skipped > 0) & (config.on_nonfinite == "stop")
         apply = finite & ~stopped

@@ -8,6 +8,7 @@ embedding. `create("S/16", attention="kdgqa", num_kv_heads=3)` builds a Flax mod
 """
 
 import dataclasses
+import functools
 import numbers
 import re
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from kdgqa_jax.attention import GroupedQueryAttention
+from kdgqa_jax.attention import GroupedQueryAttention, variant_name
 from kdgqa_jax.block import Block, layer_norm
 from kdgqa_jax.errors import UserError, check_rates, unknown
 
@@ -276,6 +277,21 @@ def _check_kinds(options: dict[str, Any]) -> None:
             raise UserError(f"model option {name}={value!r} must be of type {expected}")
 
 
+_DTYPES = {"dtype": None, "param_dtype": "float32"}  # None: that of inputs and parameters
+
+
+def _dtype_name(option: str, value: Any) -> str | None:
+    try:
+        dtype = None if value is None else jnp.dtype(value)
+    except TypeError:
+        dtype = jnp.dtype(bool)
+    if dtype is None and option == "dtype":
+        return None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"model option {option}={value!r} must be float32, bfloat16 or float16")
+    return dtype.name
+
+
 def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransformer:
     """A ViT by name.
 
@@ -313,10 +329,11 @@ def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransf
         )
     if isinstance(fields.get("image_size"), list):
         fields["image_size"] = tuple(fields["image_size"])
-    model = VisionTransformer(
-        attention=FrozenDict(attention_fields, attention=attention, num_kv_heads=num_kv_heads),
-        **fields,
-    )
+    for option in ("dtype", "param_dtype"):
+        fields[option] = _dtype_name(option, fields.get(option, _DTYPES[option]))
+    attention_fields = {name: getattr(layer, name) for name in _ATTENTION_FIELDS}  # defaults too
+    attention_fields |= {"attention": variant_name(attention), "num_kv_heads": num_kv_heads}
+    model = VisionTransformer(attention=FrozenDict(attention_fields), **fields)
     for option, known in _CHOICES.items():
         if getattr(model, option) not in known:
             raise unknown(option, getattr(model, option), known)
@@ -341,10 +358,25 @@ def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransf
     return model
 
 
+def arguments(model: VisionTransformer) -> dict[str, Any]:
+    """Every option of `create` but the name, at its value in a model: JSON values.
+
+    `create("custom", **arguments(model)) == model` for a model that `create` has made.
+    """
+    fields = {name: getattr(model, name) for name in sorted(_VIT_FIELDS - {"attention"})}
+    return {**fields, **dict(sorted(model.attention.items()))}
+
+
 def init_variables(model: VisionTransformer, rng: Array, channels: int = 3) -> dict[str, Any]:
     """{"params": ..., and for DGQA "norm_stats": ...}, made by one jitted initialisation."""
     images = jax.ShapeDtypeStruct((1, *model.image_shape, channels), jnp.float32)
     return jax.jit(lambda rng: model.init(rng, jnp.zeros(images.shape, images.dtype)))(rng)
+
+
+@functools.lru_cache(maxsize=8)
+def variable_shapes(model: VisionTransformer, channels: int = 3) -> dict[str, Any]:
+    """Shapes and dtypes of what `init_variables` gives, without making it."""
+    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0), channels))
 
 
 def init_norm_stats(model: VisionTransformer, channels: int = 3) -> dict[str, Any]:

@@ -212,13 +212,12 @@ def test_a_source_with_an_allocation_of_its_own(tmp_path):
     allocations = np.array([4, 1, 1]), np.array([1, 2, 3])
     for i, allocation in enumerate(allocations):
         variables["norm_stats"][f"blocks_{i}"]["attn"]["allocation"] = allocation.astype(np.int32)
-    params, memory = variables["params"], variables["norm_stats"]
-    images = helpers.images(5)
-    expanded = merging.one_per_query_head(params, memory)
+    params, images = variables["params"], helpers.images(5)
+    expanded = merging.one_per_query_head(params, allocations)
     expected = model.apply(variables, images)
     logits = helpers.naive_vit(images, expanded, np.arange(N), patch=4)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
-    stacked = merging.one_per_query_head(*map(layers.stack_layers, (params, memory)))
+    stacked = merging.one_per_query_head(layers.stack_layers(params), allocations)
     helpers.assert_trees_close(layers.unstack_layers(stacked), expanded, atol=0)
 
     path = save_model(tmp_path, variables, "dgqa_diff", num_kv_heads=3)

@@ -59,7 +59,19 @@ def load_foreign(
     allow_left_over: Sequence[str],
 ) -> Loaded:
     """Read a file or directory of another framework; arguments and errors as `loading.load`."""
-    source = files.read(place)
+    loaded = from_source(files.read(place), num_heads, seed, allow_missing, allow_left_over)
+    loaded.report.source = place
+    return loaded
+
+
+def from_source(
+    source: files.Source,
+    num_heads: int | None = None,
+    seed: int = 0,
+    allow_missing: Sequence[str] = (),
+    allow_left_over: Sequence[str] = (),
+) -> Loaded:
+    """What a file that was read holds; arguments and errors as `loading.load`."""
     file = _File(source, *inference.recognise(source))
     names, layout = set(file.arrays), file.layout
     structure = inference.structure_of(layout, names)
@@ -80,17 +92,18 @@ def load_foreign(
         raise
     except (ValueError, TypeError) as error:
         raise file.refuse(f"no ViT has arrays of such shapes ({error})") from None
-    arguments["scan_layers"] = False
+    arguments.setdefault("scan_layers", False)
     try:
         # Whatever the variant will be: its parameters are those of gqa, and mha is gqa with K == N.
-        model = vit.create(**{**arguments, "attention": "gqa"})
+        model = vit.create(**{**arguments, "attention": "gqa", "scan_layers": False})
     except (UserError, TypeError) as error:
         raise file.refuse(str(error)) from None
     heads = model.attention["num_heads"], model.attention["num_kv_heads"]
 
-    report = ConversionReport(place)
+    report = ConversionReport(str(source.path))
     params = _parameters(file, model, paths, channels, seed, report)
     norm_stats = _norm_stats(file, caches, *heads, report)
+    norm_stats |= _stated_norm_stats(file, *heads, report)
     report.left_over = left_over
     report.notes.append(f"recognised as {layout.title}: {source.path.name}")
     attention, reason = inference.attention_of(source, *heads)
@@ -148,7 +161,8 @@ def _parameters(
     def fresh() -> dict[str, Any]:
         return vit.init_variables(model, jax.random.key(seed), channels)["params"]
 
-    shapes = flax.traverse_util.flatten_dict(jax.eval_shape(fresh), sep="/")
+    shapes = vit.variable_shapes(model, channels)["params"]
+    shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
     head_width = model.width // model.attention["num_heads"]
     params, missing, wrong = {}, [], []
     for path in paths:
@@ -182,25 +196,39 @@ def _norm_stats(
     num_kv_heads: int,
     report: ConversionReport,
 ) -> Flat:
-    """The caches of the released code as key norms, and the allocations that they stand for.
-
-    A file that we exported says what the allocation was, which may have come from another rule.
-    """
+    """The caches of the released code as key norms, and the allocations that they stand for."""
     norm_stats: Flat = {}
-    stated = file.source.metadata.get("allocation", {})
     for path, name in caches.items():
         cache = file.arrays[name]
         if cache.shape != (num_kv_heads,):
             raise file.refuse(f"wrong shapes: {name} {cache.shape} instead of {(num_kv_heads,)}")
         frozen = path.replace("key_norm", "allocation")
         norm_stats[path] = cache
-        if frozen in stated:
-            norm_stats[frozen] = np.asarray(stated[frozen], np.int32)
-        else:
-            norm_stats[frozen] = np.asarray(allocation.apportion(jnp.asarray(cache), num_heads))
+        norm_stats[frozen] = np.asarray(allocation.apportion(jnp.asarray(cache), num_heads))
         report.add(path, name)
-        report.add(frozen, name, "stated in the file" if frozen in stated else "apportioned")
+        report.add(frozen, name, "apportioned")
     return norm_stats
+
+
+def _stated_norm_stats(
+    file: _File, num_heads: int, num_kv_heads: int, report: ConversionReport
+) -> Flat:
+    """The memory as a file that we exported has it: allocations need not follow from the norms."""
+    stated: Flat = {}
+    memory = file.source.metadata.get("norm_stats", {})
+    if not isinstance(memory, dict):
+        raise file.refuse("metadata: norm_stats must hold arrays by name")
+    for path, values in memory.items():
+        whole = path.endswith("/allocation")
+        try:
+            stated[path] = np.asarray(values, np.int32 if whole else np.float32)
+            fits = stated[path].shape == (num_kv_heads,)
+        except (ValueError, TypeError):
+            fits = False
+        if not fits or (whole and (stated[path].sum() != num_heads or stated[path].min() < 0)):
+            raise file.refuse(f"metadata: norm_stats {path} does not fit {num_heads} query heads")
+        report.add(path, "metadata")
+    return stated
 
 
 def _class_names(source: files.Source, num_classes: int) -> list[str]:

@@ -6,10 +6,12 @@ Checkpoints of any source and the models of a study go through `group_heads` ali
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kdgqa_jax import vit
-from kdgqa_jax.attention import VARIANTS
+from kdgqa_jax import analysis, layers, vit
+from kdgqa_jax.attention import VARIANTS, GroupedQueryAttention
 from kdgqa_jax.convert.calibration import gather_moments
 from kdgqa_jax.convert.merging import MERGING, Merged, one_per_query_head, to_merged
 from kdgqa_jax.convert.pooling import POOLING, check_groups, to_grouped
@@ -22,7 +24,7 @@ class Grouped:
     """Parameters with fewer key/value heads, and how they came about.
 
     Attributes:
-      params: of the converted model, layers stacked where they were.
+      params: of the converted model and its dtype, NumPy arrays, layers stacked where they were.
       how: what was done to the projections, by name ("query", "key", "value", "out").
       notes: sentences of the report.
       warnings: sentences that should be seen.
@@ -68,7 +70,7 @@ def group_heads(
     Args:
       before: the model that there is, any variant.
       variables: its {"params": ..., and for DGQA "norm_stats": ...}.
-      after: the model that is wanted; it differs in its attention alone.
+      after: the model that is wanted; it differs in its attention, and its dtypes, alone.
       pooling: a name in `POOLING` or `MERGING`.
       seed: of random pooling.
       images: (n, height, width, channels) float32, normalised, to merge and refit by.
@@ -76,10 +78,12 @@ def group_heads(
       refit: `refit_outputs` afterwards.
 
     Raises:
-      UserError: K does not divide the number of heads, or what `check_pooling` says.
+      UserError: K does not divide the number of heads, numbers too large for the dtype, or what
+        `check_pooling` says.
     """
     check_pooling(pooling, images is not None, refit)
     have, want = before.attention["num_kv_heads"], after.attention["num_kv_heads"]
+    variables = {**variables, "params": layers.widened(variables["params"])}
     grouped = Grouped(variables["params"])
     if have != want and pooling in MERGING:
         by = images if merge_by_data else None
@@ -87,6 +91,7 @@ def group_heads(
     elif have != want:
         grouped.params = to_grouped(grouped.params, want, pooling, seed)
         grouped.how = dict.fromkeys(("key", "value"), f"pooled {have} to {want} heads ({pooling})")
+    grouped.params = layers.cast(grouped.params, after.param_dtype)
     if refit:
         _refit(grouped, before, variables, after, images)
     return grouped
@@ -102,12 +107,11 @@ def _merge(
 ) -> None:
     have, want = before.attention["num_kv_heads"], after.attention["num_kv_heads"]
     check_groups(have, want)
-    memory, source = variables.get("norm_stats", {}), before.attention["attention"]
-    params = one_per_query_head(variables["params"], memory)
-    if VARIANTS[source].rule is not None and not memory:
+    params, fixed = as_equal_groups(before, variables)
+    if not fixed:
         grouped.warnings.append(
-            f"the query heads of a {source} model go to other key/value heads from batch to batch;"
-            f" {rule} takes them as equal groups"
+            f"the query heads of a {before.attention['attention']} model go to other key/value"
+            f" heads from batch to batch; {rule} takes them as equal groups"
         )
     moments, by = None, "without data, by weights and norm scales"
     if images is not None:
@@ -131,6 +135,23 @@ def _merge(
         )
 
 
+def as_equal_groups(
+    model: vit.VisionTransformer, variables: dict[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    """Parameters of a model for which equal groups are right, and whether there are such.
+
+    Where a rule has fixed the allocation, each key/value head is there once for every query head
+    that it serves. Where images decide about it, parameters are as they were, and groups are not.
+    """
+    params = variables["params"]
+    if VARIANTS[model.attention["attention"]].rule is None:
+        return params, True
+    allocations = analysis.fixed_allocations(model, variables.get("norm_stats", {}))
+    if any(allocation is None for allocation in allocations):
+        return params, False
+    return one_per_query_head(params, allocations), True
+
+
 def _energy_kept(merged: dict[str, Merged]) -> str:
     layers_kept = [
         f"{name.removeprefix('blocks_')}: {layer.keys_kept.min():.1%} of keys,"
@@ -147,12 +168,8 @@ def _refit(
     after: vit.VisionTransformer,
     images: np.ndarray,
 ) -> None:
-    converted = {"params": grouped.params}
-    memory = variables.get("norm_stats")
-    if before.attention["num_kv_heads"] != after.attention["num_kv_heads"] or not memory:
-        memory = vit.init_norm_stats(after.clone(scan_layers=True), images.shape[-1])
-    if memory:
-        converted["norm_stats"] = memory
+    memory, _ = fit_norm_stats(before, variables.get("norm_stats", {}), after, images.shape[-1])
+    converted = {"params": grouped.params, "norm_stats": memory}
     grouped.params, missed = refit_outputs(before, variables, after, converted, images)
     grouped.how["out"] = "; ".join([*filter(None, [grouped.how.get("out")]), "refitted"])
     shares = [
@@ -163,3 +180,35 @@ def _refit(
         f"output projections refitted with {len(images)} images; share of what attention should add"
         f" that is missed, by layer: {'; '.join(shares)}"
     )
+
+
+def fit_norm_stats(
+    before: vit.VisionTransformer,
+    norm_stats: dict[str, Any],
+    after: vit.VisionTransformer,
+    channels: int,
+) -> tuple[dict[str, Any], set[tuple[str, ...]]]:
+    """The memory of a converted model, and the paths in it of what was kept of the source's.
+
+    Kept is what both have, where they have one and the same key/value heads and score them alike;
+    the rest is as it starts: no norms, equal groups.
+
+    Args:
+      before: the model that there is, any variant.
+      norm_stats: its memory, layers stacked or not; {}: none.
+      after: the model that is wanted.
+      channels: of images.
+
+    Returns:
+      ({...}, layers unrolled, {} for a variant without memory; paths such as ("blocks_0", "attn",
+      "key_norm")).
+    """
+    scanned = after.clone(scan_layers=True)  # traces faster
+    wanted = jax.device_get(layers.unstack_layers(vit.init_norm_stats(scanned, channels)))
+    wanted = flatten_dict(wanted)
+    old, new = (GroupedQueryAttention(**model.attention) for model in (before, after))
+    kept = {}
+    if (old.num_kv_heads, old.importance) == (new.num_kv_heads, new.importance):
+        there = flatten_dict(layers.unstack_layers(norm_stats))
+        kept = {path: x for path, x in there.items() if path in wanted}
+    return unflatten_dict({**wanted, **kept}), set(kept)

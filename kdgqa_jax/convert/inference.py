@@ -274,7 +274,11 @@ def attention_of(source: Source, num_heads: int, num_kv_heads: int) -> tuple[str
         variant = "dgqa_diff" if "diff" in stem else "dgqa_ema"
         return variant, "the file holds a cache of norms, and its name tells of which rule"
     named = [v for v in (*VARIANTS, *ALIASES) if re.search(rf"(?<![a-z]){v}(?![a-z])", stem)]
-    if len(named) == 1 and (variant_name(named[0]) == "mha") == (num_kv_heads == num_heads):
+    plain = len(named) == 1 and variant_name(named[0]) == "mha"
+    query, _ = layout.theirs("blocks_0/attn/query/kernel")
+    apart = any(layout.canonical(name) == query for name in source.arrays)
+    equal = num_kv_heads == num_heads  # which any variant may have, but not under timm's names
+    if len(named) == 1 and (plain == equal or (apart and not plain)):
         return variant_name(named[0]), "by the name of the file"
     if num_kv_heads == num_heads:
         return "mha", "as many key/value heads as query heads"

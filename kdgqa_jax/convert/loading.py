@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -61,7 +60,8 @@ def load(
       source: a file or directory of timm, Hugging Face transformers (ViT, DeiT), Google AugReg
         (.npz) or the paper's released code; a model directory of ours; or "hf:org/name".
       attention: a name in `attention.VARIANTS`; None: that of the source.
-      num_kv_heads: K; None: that of a grouped source, else N for `mha` and N/2 for the others.
+      num_kv_heads: K; None: that of the source, but N for `mha`, and N/2 where `mha` becomes
+        another variant.
       pooling: how key/value heads are pooled, a name in `POOLING`, or merged, one in `MERGING`.
       calibration: images to merge or refit by; the source's own layers say what they see of them:
         (n, height, width, channels) float32, normalised, of the size of the result, or where to
@@ -100,6 +100,7 @@ def load(
 
     arguments = _wanted(loaded, attention, num_kv_heads, image_size, num_classes, num_heads)
     before, model = _source_model(loaded), vit.create(**arguments)
+    arguments["num_kv_heads"] = model.attention["num_kv_heads"]
     _fit_head(loaded, before, model)
     _fit_images(loaded, before, model, channels)
     _fit_preprocessing(loaded, mean, std)
@@ -125,16 +126,20 @@ def load(
 
 
 def _load_ours(place: str) -> Loaded:
-    _, variables, description = checkpoint.load_model(place)
-    variables = jax.device_get(variables)
+    model, variables, description = checkpoint.load_model(place)
     flat = {
         name: flatten_dict(layers.unstack_layers(tree), sep="/") for name, tree in variables.items()
     }
     report = ConversionReport(place)
     for name in (*flat["params"], *flat.get("norm_stats", {})):
         report.add(name, name)
-    arguments = description.pop("model")
-    return Loaded(arguments, flat["params"], flat.get("norm_stats", {}), description, report)
+    heads_there = {
+        "attention": variant_name(model.attention["attention"]),
+        "num_kv_heads": model.attention["num_kv_heads"],
+    }
+    arguments = {**description.pop("model"), **heads_there}
+    params = layers.widened(flat["params"])
+    return Loaded(arguments, params, flat.get("norm_stats", {}), description, report)
 
 
 def _refuse_nan(loaded: Loaded) -> None:
@@ -182,7 +187,7 @@ def _wanted(
         )
     if num_kv_heads is None and variant_name(attention) == "mha":
         num_kv_heads = have["num_heads"]
-    elif num_kv_heads is None and have["num_kv_heads"] < have["num_heads"]:
+    elif num_kv_heads is None and arguments["attention"] != "mha":  # None: grouped, of some variant
         num_kv_heads = have["num_kv_heads"]
     asked = {"image_size": image_size, "num_classes": num_classes}
     arguments |= {name: value for name, value in asked.items() if value is not None}
@@ -315,7 +320,7 @@ def _fit_kv_heads(
     grouped = heads.group_heads(
         source, variables, unrolled, pooling, seed=seed, images=images, refit=refit
     )
-    loaded.params = flatten_dict(jax.device_get(grouped.params), sep="/")
+    loaded.params = flatten_dict(grouped.params, sep="/")
     report = loaded.report
     report.energy_kept = grouped.energy_kept
     report.notes += grouped.notes
@@ -330,14 +335,13 @@ def _fit_kv_heads(
 def _fit_norm_stats(
     loaded: Loaded, before: vit.VisionTransformer, model: vit.VisionTransformer
 ) -> None:
-    """DGQA's memory: kept between variants that have one and the same heads, else as it starts."""
-    scanned = model.clone(scan_layers=True)  # traces faster
-    wanted = vit.init_norm_stats(scanned, loaded.description["channels"])
-    wanted = flatten_dict(jax.device_get(layers.unstack_layers(wanted)), sep="/")
-    same_heads = before.attention["num_kv_heads"] == model.attention["num_kv_heads"]
-    kept = {path: x for path, x in loaded.norm_stats.items() if path in wanted and same_heads}
-    for path in loaded.norm_stats.keys() - kept.keys():
+    """`heads.fit_norm_stats`, and what the report says about it."""
+    norm_stats = unflatten_dict(loaded.norm_stats, sep="/")
+    channels = loaded.description["channels"]
+    fitted, kept = heads.fit_norm_stats(before, norm_stats, model, channels)
+    there, loaded.norm_stats = loaded.norm_stats, flatten_dict(fitted, sep="/")
+    kept = {"/".join(path) for path in kept}
+    for path in there.keys() - kept:
         loaded.report.drop(path)
-    for path in wanted.keys() - kept.keys():
+    for path in loaded.norm_stats.keys() - kept:
         loaded.report.renew(path, "new: no norms yet, equal groups")
-    loaded.norm_stats = {**wanted, **kept}

@@ -19,7 +19,7 @@ head's contribution to the output; the error is what the discarded eigenvalues s
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -349,31 +349,31 @@ def _check_moments(moments: InputMoments, width: int) -> None:
 # --- all layers of a ViT ------------------------------------------------------------------------
 
 
-def one_per_query_head(params: dict[str, Any], norm_stats: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of a DGQA model with each key/value head once for every query head it serves.
+def one_per_query_head(params: dict[str, Any], allocations: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Parameters with each key/value head once for every query head that it serves.
 
     The equal groups that merging goes by are then those of the model, whatever its allocation.
 
     Args:
       params: of `vit.VisionTransformer` with K key/value heads, layers stacked or not.
-      norm_stats: its memory, with the allocation of every layer; {}: a model without one.
+      allocations: of every layer, (K,) int.
 
     Returns:
-      `params` with N key/value heads; without a memory, as they are.
+      `params` with N key/value heads.
     """
-    if not norm_stats:
-        return params
     if "blocks" in params:
-        return stack_layers(one_per_query_head(unstack_layers(params), norm_stats))
+        return stack_layers(one_per_query_head(unstack_layers(params), allocations))
     params = dict(params)
-    for name, memory in unstack_layers(norm_stats).items():
-        attention = dict(params[name]["attn"])
-        for projection in ("key", "value"):
-            attention[projection] = {
-                leaf: np.repeat(np.asarray(x), memory["attn"]["allocation"], axis=-2)
-                for leaf, x in attention[projection].items()
+    for i, allocation in enumerate(allocations):
+        block = params[f"blocks_{i}"]
+        repeated = {
+            projection: {
+                leaf: np.repeat(np.asarray(x), allocation, axis=-2)
+                for leaf, x in block["attn"][projection].items()
             }
-        params[name] = {**params[name], "attn": attention}
+            for projection in ("key", "value")
+        }
+        params[f"blocks_{i}"] = {**block, "attn": {**block["attn"], **repeated}}
     return params
 
 

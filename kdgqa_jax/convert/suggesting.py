@@ -7,7 +7,8 @@ import jax
 from kdgqa_jax import checkpoint, layers
 from kdgqa_jax.convert.calibration import gather_moments
 from kdgqa_jax.convert.calibration_images import CalibrationImages
-from kdgqa_jax.convert.merging import Attention, merge_heads, one_per_query_head
+from kdgqa_jax.convert.heads import as_equal_groups
+from kdgqa_jax.convert.merging import Attention, merge_heads
 from kdgqa_jax.convert.moments import InputMoments, data_free_moments
 from kdgqa_jax.data.images import Preprocessing
 from kdgqa_jax.errors import UserError
@@ -34,8 +35,8 @@ def suggest_kv_heads(
     if not 0.0 < share <= 1.0:
         raise UserError(f"share {share} of the energy to keep must be above 0 and at most 1")
     model, variables, description = checkpoint.load_model(directory)
-    params = layers.unstack_layers(jax.device_get(variables["params"]))
-    params = one_per_query_head(params, variables.get("norm_stats", {}))
+    params, _ = as_equal_groups(model, variables)
+    params = layers.unstack_layers(jax.device_get(params))
     gathered, by = None, "by weights and norm scales, without data"
     if calibration is not None:
         preprocessing = Preprocessing(**description["preprocessing"])
