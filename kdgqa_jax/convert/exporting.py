@@ -1,4 +1,8 @@
-"""Back to PyTorch names: safetensors as timm reads them, and .pth as the released code does."""
+"""Back to PyTorch names: safetensors as timm reads them, and .pth as the released code does.
+
+A file is written only if reading it gives the same model again: what a format cannot hold is
+refused by its name, whatever options models will have.
+"""
 
 import json
 import os
@@ -10,9 +14,22 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from kdgqa_jax import checkpoint, layers, vit, workdir
-from kdgqa_jax.convert.files import METADATA_KEY, Arrays
+from kdgqa_jax.attention import VARIANTS
+from kdgqa_jax.convert import foreign
+from kdgqa_jax.convert.files import METADATA_KEY, Arrays, Source
 from kdgqa_jax.convert.layouts import LAYOUTS
 from kdgqa_jax.errors import UserError, unknown
+
+_FREE = (
+    "dropout",
+    "attn_dropout",
+    "drop_path",
+    "scan_layers",
+    "remat",
+    "implementation",
+    "param_dtype",
+)
+"""Options that a file need not say: predictions of the same numbers do not depend on them."""
 
 
 def to_pytorch(
@@ -24,29 +41,41 @@ def to_pytorch(
       model: any variant.
       variables: {"params": ..., "norm_stats": ...}, layers stacked or not. The key norms of DGQA
         become the cache of the released code.
-      layout: "timm" (fused qkv; only for K == N), "released" (q, k and v apart) or None: "timm"
-        where it is possible.
+      layout: "timm" (fused qkv; only for `mha`, and equal groups with K == N), "released" (q, k and
+        v apart) or None: "timm" where it is possible.
 
     Raises:
-      UserError: another layout, or "timm" for grouped heads.
+      UserError: another layout, or "timm" for what it has no place for.
     """
+    arrays = _arrays(model, variables, layout)
+    return {name: x.astype(np.float32, copy=False) for name, x in arrays.items()}
+
+
+def _arrays(
+    model: vit.VisionTransformer, variables: dict[str, Any], layout: str | None = None
+) -> Arrays:
+    """As `to_pytorch`, in the model's own dtypes."""
     grouped = model.attention["num_kv_heads"] != model.attention["num_heads"]
-    layout = layout or ("released" if grouped else "timm")
+    ruled = VARIANTS[model.attention["attention"]].rule is not None
+    layout = layout or ("released" if grouped or ruled else "timm")
     if layout not in ("timm", "released"):
         raise unknown("layout", layout, ("timm", "released"))
-    if layout == "timm" and grouped:
-        raise UserError("timm's fused qkv has no place for grouped heads; use layout 'released'")
+    if layout == "timm" and (grouped or ruled):
+        what = "grouped heads" if grouped else f"the groups of {model.attention['attention']}"
+        raise UserError(f"timm's fused qkv has no place for {what}; use layout 'released'")
     arrays: Arrays = {}
     thirds: dict[str, dict[int, np.ndarray]] = {}
     table = LAYOUTS[layout]
-    for tree in variables.values():
+    for collection, tree in variables.items():
         flat = flatten_dict(layers.unstack_layers(jax.device_get(tree)), sep="/")
         for path, x in flat.items():
             found = table.theirs(path)
-            if found is None:  # an allocation, which follows from the norms
+            if found is None and collection == "norm_stats":
                 continue
+            if found is None:
+                raise UserError(f"the layout of {table.title} has no place for {path}")
             name, third = found
-            written = np.ascontiguousarray(table.transform(path).write(np.asarray(x, np.float32)))
+            written = np.ascontiguousarray(table.transform(path).write(np.asarray(x)))
             if third is None:
                 arrays[name] = written
             else:
@@ -62,54 +91,106 @@ def export(directory: str | os.PathLike, path: str | os.PathLike, to: str = "saf
       directory: a model directory.
       path: the file to write.
       to: "safetensors" (fused qkv as timm reads it, or q, k and v where heads are grouped; the
-        header says what `load` needs to build the same model) or "released" (.pth, q, k and v, as
-        the released code reads it; needs torch).
+        header says all that `load` needs to build the same model) or "released" (.pth, q, k and v,
+        as the released code reads it; needs torch).
 
     Raises:
-      UserError: no model there, something at `path`, another kind of file, no torch.
+      UserError: no model there, something at `path`, another kind of file, no torch, or a model
+        with options or a memory that the file could not say.
     """
-    writers = {"safetensors": _write_safetensors, "released": _write_released}
+    writers = {"safetensors": _safetensors, "released": _released}
     if to not in writers:
         raise unknown("export", to, writers)
     path = workdir.check_new(path)
     model, variables, description = checkpoint.load_model(directory)
+    arrays, metadata, write = writers[to](model, variables, description)
+    lost = _lost(Source(path, arrays, {}, {}, metadata), model, variables)
+    if lost:
+        raise UserError(
+            f"{path}: a file of the released code cannot say {', '.join(lost)}; --to safetensors"
+            " keeps everything"
+        )
     with workdir.written_file(path) as temporary:
-        writers[to](temporary, model, variables, description)
+        write(temporary)
 
 
-def _write_safetensors(
-    path: pathlib.Path,
-    model: vit.VisionTransformer,
-    variables: dict[str, Any],
-    description: dict[str, Any],
-) -> None:
+def _safetensors(
+    model: vit.VisionTransformer, variables: dict[str, Any], description: dict[str, Any]
+) -> tuple[Arrays, dict[str, Any], Any]:
+    """(arrays, metadata, what writes them to a path)."""
     from safetensors.numpy import save_file
 
     flat = flatten_dict(layers.unstack_layers(variables.get("norm_stats", {})), sep="/")
-    numbers = {name: getattr(model, name) for name in ("width", "depth", "mlp_width")}
     metadata = {
-        "model": {**description["model"], **numbers, "num_heads": model.attention["num_heads"]},
+        "model": {"name": description["model"]["name"], **vit.arguments(model)},
         "class_names": description["class_names"],
         "preprocessing": description["preprocessing"],
+        "norm_stats": {path: np.asarray(x).tolist() for path, x in flat.items()},
     }
-    metadata["allocation"] = {
-        path: np.asarray(x).tolist() for path, x in flat.items() if path.endswith("/allocation")
-    }
-    arrays = to_pytorch(model, variables)
-    save_file(arrays, path, metadata={"format": "pt", METADATA_KEY: json.dumps(metadata)})
+    arrays = _arrays(model, variables)
+    header = {"format": "pt", METADATA_KEY: json.dumps(metadata)}
+    return arrays, metadata, lambda path: save_file(arrays, path, metadata=header)
 
 
-def _write_released(
-    path: pathlib.Path,
-    model: vit.VisionTransformer,
-    variables: dict[str, Any],
-    description: dict[str, Any],
-) -> None:
+def _released(
+    model: vit.VisionTransformer, variables: dict[str, Any], description: dict[str, Any]
+) -> tuple[Arrays, dict[str, Any], Any]:
+    """(arrays, no metadata, what writes them to a path)."""
     try:
         import torch
     except ImportError:
         raise UserError(
             'writing a .pth file needs torch: pip install "kdgqa-jax[torch]", or use safetensors'
         ) from None
-    arrays = to_pytorch(model, variables, "released")
-    torch.save({name: torch.tensor(x) for name, x in arrays.items()}, path)
+    arrays = _arrays(model, variables, "released")
+
+    def tensor(x: np.ndarray) -> torch.Tensor:  # torch does not know NumPy's bfloat16
+        return torch.tensor(x.astype(np.float32)).to(getattr(torch, x.dtype.name))
+
+    def write(path: pathlib.Path) -> None:
+        torch.save({name: tensor(x) for name, x in arrays.items()}, path)
+
+    return arrays, {}, write
+
+
+def _lost(source: Source, model: vit.VisionTransformer, variables: dict[str, Any]) -> list[str]:
+    """What of a model would be another one, unnoticed, when `source` is read: in words."""
+    source.arrays = {name: np.asarray(x, np.float32) for name, x in source.arrays.items()}
+    try:
+        found = _read_again(source, model.attention["num_heads"])
+    except UserError as error:
+        return [f"what reading it takes ({error})"]
+    own = vit.arguments(model)
+    variant = found.arguments["attention"]
+    if variant not in (None, own["attention"]):
+        name = f"{source.path.stem}_{own['attention']}{source.path.suffix}"
+        return [f"attention={own['attention']!r} but by its name (such as {name})"]
+    arguments = {**found.arguments, "attention": own["attention"]}
+    read = vit.arguments(vit.create(**arguments))
+    for options in (own, read):
+        options["dtype"] = options["dtype"] or "float32"  # of images
+    told = [
+        f"{name}={value!r}"
+        for name, value in own.items()
+        if read[name] != value and name not in (*_FREE, *_unread(own["attention"]))
+    ]
+    memory = flatten_dict(layers.unstack_layers(variables.get("norm_stats", {})), sep="/")
+    other = {
+        path.split("/")[-1]
+        for path, x in memory.items()
+        if not np.array_equal(found.norm_stats.get(path, ()), x, equal_nan=True)
+    }
+    return told + [f"the {name} that it remembers" for name in sorted(other)]
+
+
+def _read_again(source: Source, num_heads: int) -> foreign.Loaded:
+    """With the number of query heads where the reader asks for it."""
+    try:
+        return foreign.from_source(source)
+    except UserError:
+        return foreign.from_source(source, num_heads)
+
+
+def _unread(attention: str) -> set[str]:
+    """Options of other variants, which this one does not read."""
+    return set().union(*(v.fields for v in VARIANTS.values())) - VARIANTS[attention].fields
