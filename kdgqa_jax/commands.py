@@ -121,12 +121,14 @@ def run_convert(arguments: argparse.Namespace) -> None:
     say(f"model directory: {arguments.out}")
 
 
-def _calibration(arguments: argparse.Namespace) -> Any:
+def _calibration(
+    arguments: argparse.Namespace, options: dict[str, dict] = flags.CALIBRATION_OPTIONS
+) -> Any:
     """Where calibration images come from; None without --calibration."""
     from kdgqa_jax.convert import CalibrationImages
 
     if not arguments.calibration:
-        given = flags.given(arguments, flags.CALIBRATION_OPTIONS)
+        given = flags.given(arguments, options)
         if given:
             raise UserError(f"{', '.join(given)} need --calibration (a data set or a folder)")
         return None
@@ -204,12 +206,13 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 
     share = arguments.suggest_kv_heads
     if share is None:
-        if arguments.calibration:
-            raise UserError("--calibration belongs to --suggest-kv-heads SHARE")
+        if given := flags.given(arguments, flags.SUGGESTION_OPTIONS):
+            raise UserError(f"{', '.join(given)} belong to --suggest-kv-heads SHARE")
         facts, rows = analysis.summarise(arguments.checkpoint)
         table(("", arguments.checkpoint), facts)
         table(analysis.LAYER_HEADER, rows)
         return
-    rows, by = convert.suggest_kv_heads(arguments.checkpoint, share, _calibration(arguments))
+    calibration = _calibration(arguments, flags.SUGGESTION_OPTIONS)
+    rows, by = convert.suggest_kv_heads(arguments.checkpoint, share, calibration)
     table(convert.SUGGESTION_HEADER, rows, numbers=True)
     say(by)

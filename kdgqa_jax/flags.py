@@ -143,10 +143,16 @@ CALIBRATION_OPTIONS: dict[str, dict] = {
 }
 """Fields of `convert.CalibrationImages`, with the seed of `--seed`."""
 
+SUGGESTION_OPTIONS: dict[str, dict] = {
+    **CALIBRATION_OPTIONS,
+    "seed": {"type": SEED, "default": 0, "help": "of the choice of images"},
+}
+"""What `kdgqa inspect` takes beside --suggest-kv-heads."""
+
 _NAMES = {"metavar": "NAME", "nargs": "+", "default": []}
 CONVERT_OPTIONS: dict[str, dict] = {
     "attention": {"help": "variant; none: that of the source"},
-    "num_kv_heads": {"type": POSITIVE, "help": "key/value heads; none: half the query heads"},
+    "num_kv_heads": {"type": POSITIVE, "help": "key/value heads; none: kept (of mha: half)"},
     "pooling": {"default": "mean", "help": "mean, first, random, procrustes or svd"},
     "refit": {"action": "store_true", "default": False, "help": "output to the calibration images"},
     "seed": {"type": SEED, "default": 0, "help": "of all random choices"},
@@ -227,8 +233,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="per layer the fewest key/value heads whose merging keeps this share of the energy",
     )
-    _add_options(parser, CALIBRATION_OPTIONS)
-    parser.add_argument("--seed", type=SEED, default=0, help="of the choice of images")
+    _add_options(parser, SUGGESTION_OPTIONS)
 
 
 def given(arguments: argparse.Namespace, options: dict[str, dict]) -> list[str]:

@@ -371,7 +371,9 @@ def test_suggestions_are_the_smallest_numbers_that_keep_the_share(source, mha, c
     for wrong in ([*command], [*command, "--suggest-kv-heads", "1.5"]):
         assert cli.main(wrong) == 1
     shown = capsys.readouterr().err
-    assert "belongs to --suggest-kv-heads" in shown and "share 1.5 of the energy" in shown
+    assert (
+        "--calibration belong to --suggest-kv-heads" in shown and "share 1.5 of the energy" in shown
+    )
 
 
 def test_the_number_suggested_for_all_layers_suits_each_of_them(mha, tmp_path):

@@ -164,6 +164,17 @@ def test_start_from_another_model(whole_run, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), before, after)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_parameters_of_half_precision_from_a_model_in_float32(whole_run, tmp_path, dtype):
+    """Moments are float32: in float16 the epsilon of Adam would be zero, and the loss NaN."""
+    settings = tiny_config("dgqa_diff", init=str(whole_run[0] / "model"), epochs=4 * 32 / 1437)
+    settings.model.param_dtype = dtype
+    result = train.train_and_evaluate(settings, tmp_path)
+    assert math.isfinite(result["loss"]) and result["train_step_compilations"] == 1
+    _, variables, _ = checkpoint.load_model(tmp_path / "model")
+    assert {x.dtype.name for x in jax.tree.leaves(variables["params"])} == {dtype}
+
+
 def test_a_kill_in_the_first_checkpoint_does_not_lose_the_start(whole_run, tmp_path):
     """The run begins again from the model given by `init`, not from new weights."""
     workdir, _ = whole_run

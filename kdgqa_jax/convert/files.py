@@ -165,7 +165,10 @@ def _read_safetensors(path: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
 
 def _read_npz(path: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
     with np.load(path, allow_pickle=False) as file:
-        return dict(file), {}
+        arrays = dict(file)
+    # NumPy forgets what bfloat16 is called: two bytes of no type.
+    half = {name: x.view(jnp.bfloat16) for name, x in arrays.items() if x.dtype == np.dtype("V2")}
+    return arrays | half, {}
 
 
 def _read_torch(path: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:

@@ -35,13 +35,14 @@ def suggest_kv_heads(
     if not 0.0 < share <= 1.0:
         raise UserError(f"share {share} of the energy to keep must be above 0 and at most 1")
     model, variables, description = checkpoint.load_model(directory)
-    params, _ = as_equal_groups(model, variables)
+    params, fixed = as_equal_groups(model, variables)
     params = layers.unstack_layers(jax.device_get(params))
     gathered, by = None, "by weights and norm scales, without data"
     if calibration is not None:
         preprocessing = Preprocessing(**description["preprocessing"])
         images = calibration.read(model.image_shape, description["channels"], preprocessing)
         gathered, by = gather_moments(model, variables, images), f"on {len(images)} images"
+    by += "" if fixed else ", groups taken as equal"
     have = model.attention["num_kv_heads"]
     fewer = [k for k in range(1, have) if have % k == 0]
     rows, enough = [], {*fewer, have}
