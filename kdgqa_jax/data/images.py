@@ -3,15 +3,18 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.data import modes
+from kdgqa_jax.errors import UserError, one_line, unknown
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 RESIZES = ("squash", "shorter_side")
+WHOLE_LIMIT = 2**24  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +52,26 @@ class Preprocessing:
             raise unknown("interpolation", self.interpolation, filters)
 
     def resized(self, image: Any, shape: tuple[int, int]) -> Any:
-        """A PIL image of `shape` (height, width)."""
-        from PIL import Image
+        """A PIL image of `shape` (height, width).
 
+        The whole image is resized and then cropped; where that takes more than `WHOLE_LIMIT`
+        pixels (one of 1x30,000, say), only what the crop keeps is computed, within rounding.
+        """
         height, width = (round(side / self.crop_share) for side in shape)
         if self.resize == "shorter_side":
             scale = max(height / image.height, width / image.width)
             height, width = round(image.height * scale), round(image.width * scale)
-        image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        kernel = Image.Resampling[self.interpolation.upper()]
+        left, top = (width - shape[1]) // 2, (height - shape[0]) // 2
+        right, bottom = left + shape[1], top + shape[0]
+        if height * width > WHOLE_LIMIT:
+            across, down = image.width / width, image.height / height
+            far = min(right * across, image.width), min(bottom * down, image.height)
+            return image.resize(shape[::-1], kernel, (left * across, top * down, *far))
+        image = image.resize((width, height), kernel)
         if (height, width) == tuple(shape):
             return image
-        left, top = (width - shape[1]) // 2, (height - shape[0]) // 2
-        return image.crop((left, top, left + shape[1], top + shape[0]))
+        return image.crop((left, top, right, bottom))
 
     def normalise(self, images: np.ndarray) -> np.ndarray:
         """uint8 (..., C) -> float32 (..., C)."""
@@ -68,66 +79,93 @@ class Preprocessing:
         return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
 
-def _from_16_bits(x: np.ndarray) -> np.ndarray:
-    return np.clip(x, 0, 65535) >> 8
+# --- What lies in a folder ----------------------------------------------------------------------
 
 
-# Modes of more than 8 bits, which PIL would clip: 16 bits of grey, and floats in 0..1 or 0..255.
-_TO_BYTES = {
-    **dict.fromkeys(("I", "I;16", "I;16L", "I;16B", "I;16N"), _from_16_bits),
-    "F": lambda x: np.clip(np.round(x * (255.0 if x.max() <= 1.0 else 1.0)), 0, 255),
-}
+def names(folder: str | os.PathLike, keep: Callable[[os.DirEntry], bool]) -> list[str]:
+    """Names in a folder, sorted, without hidden ones. Raises UserError if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if not e.name.startswith(".") and keep(e))
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be listed ({error.strerror}); expected a folder that may be read"
+        ) from None
+
+
+def is_image(entry: os.DirEntry) -> bool:
+    """By its name; a link that leads nowhere counts, so that reading it tells."""
+    return entry.name.lower().endswith(SUFFIXES) and (
+        entry.is_file() or (entry.is_symlink() and not entry.is_dir())
+    )
+
+
+def _inside(folder: pathlib.Path, above: tuple[str, ...] = ()) -> Iterator[pathlib.Path]:
+    """Image files at any depth; links are followed, but not to a folder that they lie in."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for name in names(folder, is_image):
+        yield folder / name
+    for name in names(folder, os.DirEntry.is_dir):
+        yield from _inside(folder / name, (*above, real))
 
 
 def find(places: Iterable[str | os.PathLike]) -> list[pathlib.Path]:
     """Image files by name, and those in folders, at any depth, in the order of their names.
 
-    Raises UserError: nothing there, or a folder without images.
+    Hidden files and folders count only where they are named themselves.
+
+    Raises UserError: nothing there, or a folder without images or that cannot be listed.
     """
     found = []
     for place in map(pathlib.Path, places):
         if place.is_dir():
-            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES)
+            inside = sorted(_inside(place))
             if not inside:
                 raise UserError(f"{place}: holds no images ({', '.join(SUFFIXES)})")
             found += inside
         elif place.is_file():
             found.append(place)
+        elif place.exists():
+            raise UserError(f"{place} is neither a file nor a folder")
         else:
             raise UserError(f"{place} not found")
     return found
 
 
-def opened(file: Any, name: Any, channels: int = 3, upright: bool = False) -> Any:
-    """A PIL image of any mode and size as RGB (3 channels) or grey (1).
+# --- Reading ------------------------------------------------------------------------------------
+
+
+def opened(file: Any, name: Any, channels: int = 3) -> Any:
+    """A PIL image of any mode and size as RGB (3 channels) or grey (1), upright.
+
+    It is turned as its EXIF data says, wherever it comes from; `modes` says what becomes of other
+    modes.
 
     Args:
       file: a path, or a binary file object.
       name: what errors call it.
       channels: 3 or 1.
-      upright: turn it as its EXIF data says.
 
     Raises:
-      UserError: not an image that can be read.
+      UserError: not an image that can be read, one of too many pixels, or of a mode that cannot be
+        converted.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
         with Image.open(file) as image:
             image.load()
-            if upright:
-                image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
+        return modes.converted(image, channels)
     except Exception as error:  # decoders of damaged files raise anything
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnidentifiedImageError):
             reason = "of no known format"
-        raise UserError(f"{name}: not an image that can be read ({reason})") from None
-    if image.mode in _TO_BYTES:
-        image = Image.fromarray(_TO_BYTES[image.mode](np.asarray(image)).astype(np.uint8))
-    elif image.mode == "P":  # the palette may hold transparency
-        image = image.convert("RGBA")
-    mode = "RGB" if channels == 3 else "L"
-    return image if image.mode == mode else image.convert(mode)
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller"
+        elif isinstance(error, MemoryError):
+            reason = "more pixels than there is memory for"
+        raise UserError(f"{name}: not an image that can be read ({one_line(reason)})") from None
 
 
 def to_array(image: Any) -> np.ndarray:
@@ -139,11 +177,11 @@ def to_array(image: Any) -> np.ndarray:
 def read(
     path: pathlib.Path, shape: tuple[int, int], channels: int, preprocessing: Preprocessing
 ) -> np.ndarray:
-    """An image of any mode, turned as its EXIF data says: uint8 (height, width, channels).
+    """An image of any mode, upright: uint8 (height, width, channels).
 
     Raises UserError: not an image that can be read, or a number of channels other than 1 and 3.
     """
     if channels not in (1, 3):
         raise UserError(f"{path}: image files give 1 or 3 channels, the model takes {channels}")
-    image = opened(path, path, channels, upright=True)
+    image = opened(path, path, channels)
     return to_array(preprocessing.resized(image, shape))

@@ -1,12 +1,12 @@
 """Data sets that are trees of image files; a file is read and decoded when its image is asked for.
 
-Images come as RGB, as they are stored: EXIF data turns none of them.
+Images come as RGB, upright: turned as their EXIF data says.
 """
 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,11 @@ class FileSplit:
     def __len__(self) -> int:
         return len(self.names)
 
+    def listing(self) -> Iterator[bytes]:
+        """Labels and names: see `dataset`."""
+        yield self.labels.astype("<i4").tobytes()
+        yield "\0".join(self.names).encode(errors="surrogateescape")
+
     def encoded(self, index: int) -> bytes:
         """The file: see `dataset.Split`."""
         return pathlib.Path(self.root, self.names[index]).read_bytes()
@@ -48,23 +53,12 @@ class FileSplit:
 # --- What lies in a folder ----------------------------------------------------------------------
 
 
-def _names(folder: pathlib.Path, keep: Callable[[os.DirEntry], bool]) -> list[str]:
-    """Names in a folder, sorted, without hidden ones. Raises UserError if it cannot be listed."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if not e.name.startswith(".") and keep(e))
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be listed ({error.strerror}); expected a folder that may be read"
-        ) from None
-
-
 def _class_names(folder: pathlib.Path) -> tuple[str, ...]:
-    return tuple(_names(folder, lambda entry: entry.is_dir()))
+    return tuple(images.names(folder, os.DirEntry.is_dir))
 
 
 def _image_names(folder: pathlib.Path) -> list[str]:
-    found = _names(folder, lambda entry: entry.name.lower().endswith(images.SUFFIXES))
+    found = images.names(folder, images.is_image)
     if not found:
         raise UserError(
             f"{folder} holds no images ({', '.join(images.SUFFIXES)}); put those of the class"
