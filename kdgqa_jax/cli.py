@@ -7,8 +7,8 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from kdgqa_jax import commands, flags, memory, processes
-from kdgqa_jax.errors import Preempted, UserError, one_line, unknown
+from kdgqa_jax import commands, console, flags, memory, processes
+from kdgqa_jax.errors import Preempted, UserError, one_line, printable, unknown
 from kdgqa_jax.version import __version__
 
 
@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: an error; 2: wrong flags; 130: interrupted; 143: preempted.
     """
     _open_standard_streams()
+    console.prepare()
     try:
         arguments, overrides = build_parser().parse_known_args(argv)
     except flags.WrongFlagsError as error:
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(arguments: argparse.Namespace, text: str) -> None:
-    print(f"kdgqa {arguments.command}: {text}", file=sys.stderr)
+    print(f"kdgqa {arguments.command}: {printable(text)}", file=sys.stderr)
 
 
 def _part(arguments: argparse.Namespace, status: int) -> int:

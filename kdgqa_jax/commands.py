@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from kdgqa_jax import flags
-from kdgqa_jax.errors import UserError
+from kdgqa_jax.errors import UserError, printable
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
@@ -116,7 +116,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
     for note in report.notes:
         say(note)
     for warning in report.warnings:
-        print(f"kdgqa convert: warning: {warning}", file=sys.stderr)
+        print(f"kdgqa convert: warning: {printable(warning)}", file=sys.stderr)
     converted.save(arguments.out)
     say(f"model directory: {arguments.out}")
 
@@ -193,7 +193,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     for line in predict.describe_allocation([result["allocation"]]):
         say(line)
     if arguments.out:
-        about = ("checkpoint", "dataset", "split", "shift", "batch_size")
+        about = ("checkpoint", "dataset", "split", "shift")
         about = {name: getattr(arguments, name) for name in about}
         workdir.write_json(pathlib.Path(arguments.out), logs.valid_json({**about, **result}))
         say(f"written: {arguments.out}")

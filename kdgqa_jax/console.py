@@ -1,7 +1,13 @@
-"""What the terminal shows: a live progress bar, or plain lines where output is no terminal."""
+"""What the terminal shows: a live progress bar, or plain lines where output is no terminal.
 
+Names of files and classes are shown as they are: nothing in them is markup, and what standard
+output cannot encode, or a terminal would obey, is shown as an escape.
+"""
+
+import io
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +21,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from kdgqa_jax.errors import printable
 
 LINE_EVERY = 10.0  # seconds between plain lines
 _silent = False
@@ -24,6 +33,18 @@ def be_silent() -> None:
     """From now on nothing is shown; for all processes of a job but the first."""
     global _silent
     _silent = True
+
+
+def prepare() -> None:
+    """For the command line: output that no name breaks, and without a warning of large images.
+
+    From now on a character that standard output or error cannot encode is shown as an escape.
+    Pillow warns from half the size on that it refuses.
+    """
+    warnings.filterwarnings("ignore", "Image size .* decompression bomb", RuntimeWarning)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # closed streams are None
+            stream.reconfigure(errors="backslashreplace")
 
 
 class ProgressBar:
@@ -42,12 +63,12 @@ class ProgressBar:
         self._live = None
         if Console().is_terminal and not _silent:
             self._live = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             self._task = self._live.add_task(title, total=total, completed=done, note="")
 
@@ -83,18 +104,25 @@ class ProgressBar:
 def say(line: str) -> None:
     """One plain line on standard output."""
     if not _silent:
-        print(line, flush=True)
+        print(printable(line), flush=True)
+
+
+def _cell(text: str) -> Text:
+    """A text as it is, in the characters that standard output has."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return Text(printable(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def table(
     header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", numbers: bool = False
 ) -> None:
     """A table on standard output; with `numbers`, all columns but the first are aligned right."""
-    shown = Table(*header, title=title or None)
-    for column in shown.columns[1:]:
-        column.justify = "right" if numbers else "left"
+    shown = Table(title=_cell(title) if title else None)
+    for i, name in enumerate(header):
+        justify = "right" if numbers and i else "left"
+        shown.add_column(_cell(name), justify=justify, overflow="fold")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(_cell, row))
     needed = Console(width=1000).measure(shown).maximum
     if sys.stdout.isatty():  # a narrow terminal wraps cells, as far as that can be read
         needed = max(Console().width, min(needed, 100))

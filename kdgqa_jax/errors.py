@@ -43,3 +43,14 @@ class Preempted(Exception):
 def one_line(text: object, length: int | None = 200) -> str:
     """At most `length` characters of a text, on one line: the messages of others, in ours."""
     return " ".join(str(text).split())[:length]
+
+
+_ESCAPES = {
+    i: chr(i).encode("unicode_escape").decode()
+    for i in (*range(32), *range(127, 160), 0x2028, 0x2029)  # ends of lines, too
+}
+
+
+def printable(text: object) -> str:
+    """A text on one line: names of files hold anything, also what would control a terminal."""
+    return str(text).translate(_ESCAPES)

@@ -23,6 +23,9 @@ Array = jax.Array
 BINS = 15
 """Of confidence, of equal width, as Guo et al. 2017 have them."""
 
+BATCH_SIZE = 256
+"""Where none is asked for; of devices that do not divide it, the next multiple."""
+
 
 def correct_in_top(logits: Array, labels: Array, k: int) -> Array:
     """(B,) bool: fewer than k classes have a larger logit than the label, ties by index.
@@ -169,11 +172,13 @@ def evaluate_directory(
     *,
     split: str = "test",
     shift: str = "none",
-    batch_size: int = 256,
+    batch_size: int | None = None,
     per_class: bool = False,
     compare_names: bool = True,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(what `evaluate` returns, class names) for a model directory on any data set that fits it.
+    """(figures, class names) for a model directory on any data set that fits it.
+
+    The figures are those of `evaluate`, and batch_size.
 
     Images are prepared as the model directory says, in the way of training: those that are all of
     one size smaller than the model's are made larger on the device, bilinearly.
@@ -184,7 +189,7 @@ def evaluate_directory(
       data_dir: where its files are.
       split: "test" or "train".
       shift: a name in `sources.SHIFTS`.
-      batch_size: images per batch, over all devices.
+      batch_size: images per batch, over all devices; None: `BATCH_SIZE`.
       per_class: return accuracies by class too.
       compare_names: refuse classes of other names; of a model that has numbers for names, how many
         there are counts alone.
@@ -193,6 +198,8 @@ def evaluate_directory(
       UserError: no model or no data there, or a model for other classes or channels.
     """
     mesh = sharding.make_mesh()
+    if batch_size is None:
+        batch_size = sharding.next_batch_size(BATCH_SIZE, mesh)
     sharding.check_batch_size("--batch-size", batch_size, mesh)
     model, variables, description = checkpoint.load_model(directory)
     dataset = sources.load(data_name, data_dir, shift)
@@ -217,7 +224,7 @@ def evaluate_directory(
         result = evaluate(
             eval_step, variables, examples, batch_size, mesh, per_class, on_batch=bar.update
         )
-    return result, dataset.class_names
+    return {**result, "batch_size": batch_size}, dataset.class_names
 
 
 _COLOURS = {1: "grey", 3: "RGB"}

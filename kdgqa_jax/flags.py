@@ -212,7 +212,11 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     add_prepare(parser)
     parser.add_argument("--split", choices=["test", "train"], default="test", help="which images")
     parser.add_argument("--shift", default="none", help=", ".join(SHIFTS))
-    parser.add_argument("--batch-size", type=POSITIVE, default=256, help="images per batch")
+    parser.add_argument(
+        "--batch-size",
+        type=POSITIVE,
+        help="images per batch; none: 256, or a bit more for the devices",
+    )
     parser.add_argument("--per-class", action="store_true", help="accuracy by class too")
     parser.add_argument("--out", type=PATH, help="a .json file for the figures")
     parser.add_argument(

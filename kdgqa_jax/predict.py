@@ -15,7 +15,7 @@ import numpy as np
 
 from kdgqa_jax import checkpoint, layers, vit, workdir
 from kdgqa_jax.data import images as image_files
-from kdgqa_jax.errors import UserError
+from kdgqa_jax.errors import UserError, one_line
 
 Array = jax.Array
 
@@ -70,21 +70,42 @@ def predict_array(
     images: np.ndarray,
     batch_size: int = 256,
 ) -> Predictions:
-    """Predictions for (n, height, width, channels) float32 images, normalised; n at least 1."""
+    """Predictions for (n, height, width, channels) float32 images, normalised; n at least 1.
+
+    Raises UserError: no images, or some that are not finite.
+    """
     if not len(images):
         raise UserError("there are no images to predict: the array is empty")
+    _check_finite(images)
     batch_size = min(batch_size, len(images))
     batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
     return predict_batches(model, variables, batches, batch_size)
 
 
+def _check_finite(images: np.ndarray) -> None:
+    """Raise UserError if an image holds NaN or infinity, which would regroup its batch mates."""
+    bad = [i for i, image in enumerate(images) if not np.isfinite(image).all()]
+    if bad:
+        more = ", ..." if len(bad) > 8 else ""
+        raise UserError(
+            f"{len(bad)} of {len(images)} images hold NaN or infinity (at index"
+            f" {', '.join(map(str, bad[:8]))}{more}); leave them out, or mend them"
+        )
+
+
 def read_array(path: pathlib.Path, model: vit.VisionTransformer, channels: int) -> np.ndarray:
-    """The images in a .npy file. Raises UserError unless float32 NHWC of the model's size."""
+    """The images in a .npy file, in either byte order and any layout.
+
+    Raises UserError unless they are float32 NHWC of the model's size.
+    """
     try:
         images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a NumPy array that can be read ({error})") from None
+    except Exception as error:  # a parser of damaged files raises anything
+        reason = one_line(getattr(error, "strerror", None) or error)
+        raise UserError(f"{path}: not a NumPy array that can be read ({reason})") from None
     expected = (*model.image_shape, channels)
+    if isinstance(images, np.ndarray):
+        images = images.astype(images.dtype.newbyteorder("="), copy=False)
     if not isinstance(images, np.ndarray) or images.dtype != np.float32 or images.ndim != 4:
         what = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else "an archive"
         raise UserError(
@@ -116,7 +137,7 @@ def predict_files(
     model, variables, description = checkpoint.load_model(directory)
     channels, classes = description["channels"], description["class_names"]
     first = pathlib.Path(places[0])
-    if first.suffix == ".npy":
+    if first.suffix.lower() == ".npy":
         if len(places) > 1:
             raise UserError("give one .npy file, or image files and folders")
         images = read_array(first, model, channels)
@@ -202,7 +223,7 @@ def _csv(names: Sequence[str], logits: np.ndarray, class_names: Any, top: int) -
     rows.writerow(["image", "rank", "class", "probability"])
     for name, classes in zip(names, top_classes(logits, class_names, top), strict=True):
         rows.writerows([name, i, *found] for i, found in enumerate(classes, 1))
-    return file.getvalue().encode()
+    return file.getvalue().encode(errors="backslashreplace")  # names that are not UTF-8
 
 
 def _json(names: Sequence[str], logits: np.ndarray, class_names: Any, top: int) -> bytes:

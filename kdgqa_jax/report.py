@@ -23,7 +23,7 @@ def write(records: list[Record], histories: dict[str, History], folder: pathlib.
     workdir_lib.write_json(folder / "results.json", records)
     header, rows = _table(records)
     note = _note(records)
-    (folder / "results.md").write_text(_markdown(records, header, rows, note))
+    (folder / "results.md").write_text(_markdown(records, header, rows, note), "utf-8")
     _plot_accuracy(records, folder / "accuracy.png")
     variants = {r["entry"]: r["variant"] for r in records}
     dynamic = {name: h for name, h in histories.items() if h and VARIANTS[variants[name]].rule}

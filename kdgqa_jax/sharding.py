@@ -94,6 +94,12 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh, parts: int = 1) -> 
         raise UserError(f"{name}={batch_size} must be a positive multiple of {of} ({what})")
 
 
+def next_batch_size(batch_size: int, mesh: Mesh) -> int:
+    """The least batch size from this one on that can be split over the devices."""
+    count = batch_devices(mesh)
+    return -(-batch_size // count) * count
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's part of a global batch -> global arrays, split over the devices."""
     sharding = batch_sharded(mesh)

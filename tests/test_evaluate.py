@@ -200,6 +200,7 @@ def test_command_writes_what_it_shows(directory, data_set, tmp_path, capsys):
     assert cli.main([*arguments, "--per-class", "--out", str(out)]) == 0
     written, shown = json.loads(out.read_text()), capsys.readouterr().out
     assert (written["dataset"], written["split"], written["count"]) == ("tiny", "test", 10)
+    assert written["batch_size"] == BATCH
     assert f"top-1 {written['top1']:.2f} %" in shown
     assert f"calibration error {written['calibration_error']:.2f} %" in shown
     assert [row["class"] for row in written["per_class"]] == list(NAMES)
@@ -207,6 +208,16 @@ def test_command_writes_what_it_shows(directory, data_set, tmp_path, capsys):
     assert "kind 6" in shown and "layer 0: query heads per key/value head" in shown
     assert cli.main([*arguments, "--out", str(out)]) == 0
     assert "per_class" not in json.loads(out.read_text())
+
+
+def test_the_default_batch_fits_the_devices(directory, data_set, monkeypatch):
+    """Three devices: 258 images; a batch that was asked for is taken or refused."""
+    data_set()
+    monkeypatch.setattr(sharding, "batch_devices", lambda mesh: 3)
+    result, _ = evaluate.evaluate_directory(directory, "tiny")
+    assert result["batch_size"] == 258 and result["count"] == 10
+    with pytest.raises(UserError, match="--batch-size=256 must be a positive multiple of 3"):
+        evaluate.evaluate_directory(directory, "tiny", batch_size=256)
 
 
 def command(directory):

@@ -1,6 +1,8 @@
 """Predictions of a model directory, from arrays and from image files of any kind."""
 
 import csv
+import functools
+import io
 import json
 
 import helpers
@@ -11,17 +13,20 @@ from PIL import Image
 
 from kdgqa_jax import checkpoint, cli, predict, vit
 from kdgqa_jax.data import images
+from kdgqa_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def make_model(tmp_path_factory):
     """Write a model directory; it takes 8x8 images."""
 
+    @functools.cache
     def make(channels=3, attention="kdgqa", **options):
         arguments = {"name": "mu/4", "depth": 2, "image_size": 8, "num_classes": 7,
                      "attention": attention, **options}  # fmt: skip
         model = vit.create(**arguments)
-        variables = helpers.randomise(vit.init_variables(model, jax.random.key(0), channels))
+        init = helpers.fast_jit(lambda key: vit.init_variables(model, key, channels))
+        variables = helpers.randomise(init(jax.random.key(0)))
         description = {
             "model": arguments,
             "channels": channels,
@@ -59,6 +64,33 @@ def test_allocations_are_those_of_each_batch(make_model):
     by_image = vit.create("mu/4", depth=2, image_size=8, num_classes=7, attention="kdgqa",
                           allocation_scope="example")  # fmt: skip
     assert predict.predict_array(by_image, variables, array, 2).allocation.shape == (5, 2, 4)
+
+
+def test_images_that_are_not_finite_are_refused(make_model, tmp_path, capsys):
+    """In batch scope they would change the predictions of those beside them."""
+    path, model, variables = make_model()
+    array = helpers.normal(0, 12, 8, 8, 3)
+    array[3, 0, 0, 0], array[7, 7, 7, 2] = np.nan, -np.inf
+    with pytest.raises(UserError, match=r"2 of 12 images hold NaN or infinity \(at index 3, 7\)"):
+        predict.predict_array(model, variables, array)
+    array[:11] = np.inf
+    np.save(tmp_path / "x.npy", array)
+    command = ["predict", "--checkpoint", str(path), "--images", str(tmp_path / "x.npy")]
+    assert cli.main([*command, "--out", str(tmp_path / "y.npy")]) == 1
+    error = capsys.readouterr().err
+    assert "11 of 12 images hold NaN or infinity (at index 0, 1, 2, 3, 4, 5, 6, 7, ...)" in error
+    assert error.count("\n") == 1 and not (tmp_path / "y.npy").exists()
+
+
+@pytest.mark.parametrize("stored", [np.asfortranarray, lambda x: x.astype(">f4")])
+def test_arrays_of_any_layout_and_byte_order(make_model, tmp_path, stored):
+    path, model, variables = make_model(attention="gqa")
+    array = helpers.normal(0, 2, 8, 8, 3)
+    np.save(tmp_path / "x.npy", stored(array))
+    _, found, _ = predict.predict_files(path, [tmp_path / "x.npy"])
+    np.testing.assert_array_equal(
+        found.logits, predict.predict_array(model, variables, array).logits
+    )
 
 
 def save_images(folder):
@@ -104,21 +136,6 @@ def test_image_files_of_any_mode(tmp_path, channels):
         assert pixels.shape == (8, 8, channels) and pixels.dtype == np.uint8
     turned = images.read(tmp_path / "images/deep/turned.png", (16, 12), channels, plain)
     np.testing.assert_array_equal(turned, np.rot90(expected, -1))
-
-
-def test_resize_and_crop():
-    image = Image.fromarray(np.arange(20 * 40, dtype=np.uint32).astype(np.uint8).reshape(20, 40))
-    crop = images.Preprocessing(resize="shorter_side", crop_share=0.5, interpolation="bicubic")
-    expected = image.resize((32, 16), Image.Resampling.BICUBIC).crop((12, 4, 20, 12))
-    np.testing.assert_array_equal(np.asarray(crop.resized(image, (8, 8))), np.asarray(expected))
-    squash = images.Preprocessing(crop_share=0.8)
-    expected = image.resize((10, 10), Image.Resampling.BILINEAR).crop((1, 1, 9, 9))
-    np.testing.assert_array_equal(np.asarray(squash.resized(image, (8, 8))), np.asarray(expected))
-    np.testing.assert_allclose(
-        images.Preprocessing(mean=[0.5, 0.2], std=[0.5, 0.1]).normalise(np.uint8([[255, 51]])),
-        [[1.0, 0.0]],
-        atol=1e-6,
-    )
 
 
 def test_folder_to_table_csv_and_json(make_model, tmp_path, capsys):
@@ -185,6 +202,8 @@ def test_inspect(make_model, capsys):
         (np.zeros((2, 3, 8, 8), np.float32), "the model takes ('n', 8, 8, 3)"),
         (np.zeros((0, 8, 8, 3), np.float32), "images (0, 8, 8, 3)"),
         (np.array([{}], dtype=object), "not a NumPy array that can be read"),
+        (np.zeros((2, 8, 8, 3), np.float16), "float16 (2, 8, 8, 3); expected normalised float32"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "uint8 (2, 8, 8, 3); expected normalised float32"),
     ],
 )
 def test_arrays_that_do_not_fit(make_model, tmp_path, capsys, array, says):
@@ -197,6 +216,38 @@ def test_arrays_that_do_not_fit(make_model, tmp_path, capsys, array, says):
     assert says in error and error.count("\n") == 1 and not out.exists()
 
 
+def archive(path):
+    content = io.BytesIO()
+    np.savez(content, x=np.zeros(3))
+    path.write_bytes(content.getvalue())
+
+
+def huge(path):
+    """A header that promises 8 PiB."""
+    header = io.BytesIO()
+    fields = {"descr": "<f4", "fortran_order": False, "shape": (2**51,)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    path.write_bytes(header.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (archive, "x.npy: an archive; expected"),
+        (lambda path: path.write_bytes(b""), "not a NumPy array that can be read"),
+        (lambda path: path.write_bytes(b"\x93NUMPY\1\0\xff\xff{"), "not a NumPy array that can"),
+        (lambda path: path.mkdir(), "not a NumPy array that can be read (Is a directory)"),
+        (huge, "not a NumPy array that can be read"),
+    ],
+    ids=["archive", "empty", "cut", "folder", "huge"],
+)
+def test_files_that_hold_no_array(make_model, tmp_path, write, says):
+    write(tmp_path / "x.npy")
+    with pytest.raises(UserError) as error:
+        predict.read_array(tmp_path / "x.npy", make_model()[1], 3)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -205,6 +256,9 @@ def test_arrays_that_do_not_fit(make_model, tmp_path, capsys, array, says):
         (["--images", "{tmp}/cut.png"], "cut.png: not an image that can be read"),
         (["--images", "{tmp}/empty"], "empty: holds no images"),
         (["--images", "{tmp}/a.npy", "{tmp}/b.npy"], "give one .npy file"),
+        (["--images", "{tmp}/a.npz"], "a.npz: not an image that can be read (of no known format)"),
+        (["--images", "{tmp}/._a.png"], "._a.png: not an image that can be read"),
+        (["--images", "{tmp}/new\nline.png"], "new\\nline.png: not an image that can be read"),
         (["--images", "{tmp}/text.png", "--out", "{tmp}/a.txt"], "a.txt: unknown kind of file"),
         (["--images", "{tmp}/text.png", "--batch-size", "0"], "--batch-size: '0' must be a whole"),
         (["--images", "{tmp}/fine.png", "--top", "0"], "--top: '0' must be a whole number"),
@@ -213,7 +267,9 @@ def test_arrays_that_do_not_fit(make_model, tmp_path, capsys, array, says):
 )
 def test_images_that_cannot_be_read(make_model, tmp_path, capsys, arguments, says):
     path, _, _ = make_model()
-    (tmp_path / "text.png").write_text("hello")
+    for name in ("text.png", "._a.png", "new\nline.png"):
+        (tmp_path / name).write_text("hello")
+    archive(tmp_path / "a.npz")
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for name in ("fine.png", "cut.png"):
         Image.fromarray(noise).save(tmp_path / name)
