@@ -99,12 +99,13 @@ class StateCheckpoints:
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """(state, position) of the newest step that can be read; None: there are no checkpoints.
 
-        Damaged ones are reported and set aside beside `directory`.
+        Damaged ones are reported and set aside beside `directory`; a sound one never is.
 
         Args:
           like: an abstract state: shapes, dtypes and shardings, which need not be those of before.
 
-        Raises UserError: there are checkpoints, and none of them can be read.
+        Raises UserError: there are checkpoints, and none of them can be read, or the newest of
+          those that can has other arrays.
         """
         steps = self.steps
         for step in reversed(steps):
@@ -125,18 +126,47 @@ class StateCheckpoints:
         return None
 
     def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]] | str:
-        """(state, position), or why not."""
+        """(state, position), or why not. Raises UserError if it is sound but has other arrays."""
         try:
-            position = dict(self._checkpointer.metadata(step).custom_metadata)
-            checksum = position.pop("checksum")
-            state = self._checkpointer.load(step, like)
+            metadata = self._checkpointer.metadata(step)
+            position = dict(metadata.custom_metadata)
+            checksum, stored = position.pop("checksum"), _arrays(metadata.metadata)
         except KeyError:
             return "its metadata is incomplete"
         except Exception as error:  # whatever Orbax and TensorStore raise
-            return _one_line(error)
+            return self._damage(step, error)
+        self._check_fits(step, stored, _arrays(like))
+        try:
+            state = self._checkpointer.load(step, like)
+        except Exception as error:
+            return self._damage(step, error)
         if int(_checksum(state)) != checksum:
             return "its checksum is wrong"
         return state, position
+
+    def _damage(self, step: int, error: Exception) -> str:
+        """What is damaged. Raises UserError if it is something else that fails."""
+        text = f"{error} {error.__cause__ or ''}"
+        if isinstance(error, MemoryError) or any(reason in text for reason in _NOT_DAMAGE):
+            raise UserError(
+                f"the checkpoint of step {step} in {self.directory} cannot be read now"
+                f" ({_one_line(error)}); it is left as it is; mend that, then run this again"
+            )
+        return _one_line(error)
+
+    def _check_fits(self, step: int, there: dict[str, str], here: dict[str, str]) -> None:
+        wrong = [
+            f"{name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+            for name in sorted(there.keys() | here.keys())
+            if there.get(name) != here.get(name)
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
+            raise UserError(
+                f"the checkpoint of step {step} in {self.directory} does not fit this run"
+                f" ({'; '.join(wrong[:2])}{more}) and is left as it is; resume with the config,"
+                " data and release that it was made with, or choose another --workdir"
+            )
 
     def _set_aside(self, step: int, aside: pathlib.Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
@@ -179,6 +209,13 @@ class StateCheckpoints:
             ) from None
 
 
+def _arrays(tree: Any) -> dict[str, str]:
+    """Dtype and shape by path, of arrays or what describes them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
+    return {name: f"{x.dtype}{list(x.shape)}" for name, x in named}
+
+
 @jax.jit
 def _checksum(state: Any) -> jax.Array:
     """() uint32: a weighted sum over all bits; integers add up alike in whatever order."""
@@ -194,6 +231,7 @@ def _checksum(state: Any) -> jax.Array:
 
 
 _DISK = ("No space left on device", "File too large", "Permission denied", "Read-only file system")
+_NOT_DAMAGE = (*_DISK, "RESOURCE_EXHAUSTED", "Cannot allocate memory", "Too many open files")
 _DATA = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE")  # what TensorStore begins with
 
 

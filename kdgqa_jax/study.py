@@ -29,7 +29,7 @@ from kdgqa_jax import checkpoint, convert, layers, logs, report, sharding, start
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.console import say
-from kdgqa_jax.data import augment, pipeline, sources
+from kdgqa_jax.data import augment, identity, pipeline, sources
 from kdgqa_jax.entry import Entry, parse_entries
 from kdgqa_jax.errors import UserError, check_seed
 from kdgqa_jax.evaluate import evaluate, make_eval_step
@@ -51,6 +51,7 @@ def run_study(config: Config, workdir: str | os.PathLike) -> list[Record]:
     """
     _check(config)
     workdir = workdir_lib.claim(workdir, config.to_dict())
+    identity.check(workdir, _data(config))
     records = []
     for seed in range(config.seed, config.seed + config.seeds):
         records += _run_seed(config, workdir, seed)
@@ -72,6 +73,15 @@ def _check(config: Config) -> None:
     for stage in (config.pretrain, config.uptrain, config.finetune):
         for variant in ("mha", *(entry.variant for entry in entries)):
             starting.build_model(_stage_config(config, stage, variant, config.seed), num_classes=2)
+
+
+def _data(config: Config) -> dict[str, identity.Description]:
+    """What tells the data of each stage from others."""
+    stages = {name: config[name].data for name in ("pretrain", "uptrain", "finetune")}
+    return {
+        f"{name} data": identity.describe(sources.load(data.name, data.data_dir, data.shift))
+        for name, data in stages.items()
+    }
 
 
 def _uptrain_stages(study: Config, images: int) -> list[tuple[str, float]]:

@@ -17,7 +17,7 @@ from kdgqa_jax import checkpoint, memory, optim, processes, sharding, starting, 
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.console import ProgressBar, say
-from kdgqa_jax.data import augment, pipeline, sources
+from kdgqa_jax.data import augment, identity, pipeline, sources
 from kdgqa_jax.errors import Preempted, UserError, check_seed, unknown
 from kdgqa_jax.evaluate import evaluate, make_eval_step
 from kdgqa_jax.logs import MetricsWriter, read_metrics
@@ -101,6 +101,7 @@ def train_and_evaluate(
     asked, config = config.to_dict(), config.copy_and_resolve_references()
     data = config.data
     dataset = sources.load(data.name, data.data_dir, data.shift)
+    data_now = identity.describe(dataset)
     steps_per_epoch = len(dataset.train) / config.batch_size
     num_steps = max(round(config.epochs * steps_per_epoch), 1)
     eval_every = max(round(config.eval_every_epochs * steps_per_epoch), 1)
@@ -132,6 +133,7 @@ def train_and_evaluate(
     workdir = pathlib.Path(
         processes.on_first_process(lambda: os.fspath(workdir_lib.claim(workdir, asked, MAY_CHANGE)))
     )
+    identity.check(workdir, {"data": data_now})
     for name in ("model", "best"):
         checkpoint.check_replaceable(workdir / name)
     if (workdir / "result.json").exists():  # finished before

@@ -96,6 +96,13 @@ def test_damaged_idx_directory_is_refused(idx_dir, damage, says):
         sources.load("fashion_mnist", str(idx_dir))
 
 
+def test_a_split_without_images_is_refused(idx_dir):
+    write_idx(idx_dir / "train-images-idx3-ubyte.gz", np.zeros((0, 28, 28)))
+    write_idx(idx_dir / "train-labels-idx1-ubyte.gz", np.zeros(0))
+    with pytest.raises(UserError, match="'fashion_mnist' has no images to train on"):
+        sources.load("fashion_mnist", str(idx_dir))
+
+
 def test_unknown_names_and_missing_directory_are_refused(tmp_path):
     with pytest.raises(UserError, match="did you mean 'digits'"):
         sources.load("digit")

@@ -1,6 +1,12 @@
 """Batches: every image once an epoch, the same whatever reads them, exactly resumable."""
 
 import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -147,6 +153,58 @@ def test_images_that_cannot_be_read_are_counted_and_replaced():
     assert "corrupt" not in batch
     with pytest.raises(UserError, match="no image of the split"):
         pipeline.Prepared(Damaged(2, (0, 1)), (2, 2), skip_corrupt=True)[0]
+
+
+@pytest.mark.parametrize("native_size", [None, (2, 2, 3)])
+def test_the_shape_is_that_of_the_first_image_that_can_be_read(native_size):
+    """Or what is known of all of them; a run that skips what it cannot read starts."""
+    test = numbered(3)
+    dataset = sources.Dataset("x", ("a",), Damaged(4, (0, 1)), test, native_size)
+    assert dataset.image_shape == (2, 2, 3)
+    config = train_config()
+    config.data.skip_corrupt = True
+    prepared = pipeline.prepare(dataset, (2, 2), config.data)
+    (batch,) = take(pipeline.TrainBatches(prepared.train, 4, 0), 1)
+    assert sorted(batch["label"].tolist()) == [2, 2, 2, 3] and batch["corrupt"].sum() == 2
+    hopeless = sources.Dataset("x", ("a",), Damaged(2, (0, 1)), test, None)
+    with pytest.raises(UserError, match=r"none of the 2 images of x can be read; the first: i"):
+        pipeline.prepare(hopeless, (2, 2), config.data)
+
+
+def test_workers_end_when_the_run_is_killed(tmp_path):
+    """SIGKILL, which leaves nobody to end them."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import multiprocessing, time\n"
+        "import test_pipeline\n"
+        "from kdgqa_jax.data import pipeline\n"
+        "if __name__ == '__main__':\n"
+        "    batches = pipeline.TrainBatches(test_pipeline.numbered(10), 4, 0, workers=2)\n"
+        "    next(batches), next(batches)\n"
+        "    print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent)}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
+        workers = [int(pid) for pid in run.stdout.readline().split()]
+        assert len(workers) == 2 and all(map(alive, workers))
+        run.kill()
+        killed = time.monotonic()
+        while any(map(alive, workers)) and time.monotonic() - killed < 60:
+            time.sleep(0.05)
+        took = time.monotonic() - killed
+    for pid in filter(alive, workers):
+        os.kill(pid, signal.SIGKILL)
+    assert took < 10
+
+
+def alive(pid):
+    """A process that is there, and not only because nobody has asked for its exit status."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_statistics_must_fit_the_channels():

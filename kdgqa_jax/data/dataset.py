@@ -3,13 +3,17 @@
 A split is random access: `len(split)` and `split[i] -> {"image": uint8 HWC, "label": int32}`. One
 of compressed images also has `split.open(i) -> (PIL image, label)`, which saves whoever resizes the
 image the way through an array and back, and `split.encoded(i) -> bytes`, the stored file.
+`split.listing()` gives bytes that tell its examples from others', in their order, without reading
+image files: see `identity`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from kdgqa_jax.errors import UserError
 
 Split = Sequence[dict[str, Any]]
 
@@ -26,6 +30,11 @@ class ArraySplit:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index], "label": self.labels[index]}
+
+    def listing(self) -> Iterator[bytes]:
+        """Labels and pixels: see the top of this file."""
+        yield self.labels.astype("<i4").tobytes()
+        yield from map(np.ascontiguousarray, self.images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,5 +57,16 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of the first stored image."""
-        return self.train[0]["image"].shape
+        """(height, width, channels) of every image, or of the first that can be read.
+
+        Raises UserError: none can.
+        """
+        if self.native_size is not None:
+            return self.native_size
+        why = ""
+        for index in range(len(self.train)):
+            try:
+                return self.train[index]["image"].shape
+            except UserError as error:
+                why = why or f"; the first: {error}"
+        raise UserError(f"none of the {len(self.train)} images of {self.name} can be read{why}")

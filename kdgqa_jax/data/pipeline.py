@@ -8,7 +8,9 @@ bool.
 import contextlib
 import dataclasses
 import functools
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -209,7 +211,7 @@ class TrainBatches(Iterator[Batch]):
         if self._workers:
             _parse_flags()
             processes = grain.multiprocessing.MultiprocessingOptions(num_workers=self._workers)
-            dataset = dataset.mp_prefetch(processes)
+            dataset = dataset.mp_prefetch(processes, _end_with_parent)
         return iter(dataset)
 
     def get_state(self) -> dict[str, int]:
@@ -226,6 +228,20 @@ class TrainBatches(Iterator[Batch]):
         if self._iterator is not None:
             self._iterator.close()
         self._iterator = None
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """In a worker: leave when the run's process is gone, also one that was killed.
+
+    grain's workers would otherwise wait for minutes for somebody to take their batches.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _parse_flags() -> None:

@@ -5,7 +5,7 @@ A split is random access: `len(split)` and `split[i] -> {"image": uint8 HWC, "la
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -180,6 +180,10 @@ class ShiftedSplit:
         item = self.split[index]
         return {**item, "image": np.ascontiguousarray(SHIFTS[self.shift](item["image"]))}
 
+    def listing(self) -> Iterator[bytes]:
+        """That of the split: see `dataset`."""
+        return self.split.listing()
+
 
 # --- By name ------------------------------------------------------------------------------------
 
@@ -215,6 +219,9 @@ def load(name: str, data_dir: str | None = None, shift: str = "none") -> Dataset
         raise UserError(
             f"{error.filename} cannot be read ({error.strerror}); check its permissions"
         ) from None
+    for use, split in (("train", dataset.train), ("test", dataset.test)):
+        if not len(split):
+            raise UserError(f"data set {name!r} has no images to {use} on")
     size = dataset.native_size or source.native_size
     if SHIFTS[shift] is None:
         return dataclasses.replace(dataset, native_size=size)

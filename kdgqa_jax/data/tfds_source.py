@@ -11,7 +11,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,6 +129,11 @@ class TfdsSplit:
 
     def __len__(self) -> int:
         return self._length
+
+    def listing(self) -> Iterator[bytes]:
+        """Files with the end of each in the split: see `dataset`."""
+        for path, end in zip(self._files, self._ends.tolist(), strict=True):
+            yield f"{os.path.basename(path)}\0{end}\0".encode()
 
     def encoded(self, index: int) -> bytes:
         """The image as it is stored: see `dataset.Split`."""
