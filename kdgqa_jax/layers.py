@@ -43,7 +43,12 @@ def unstack_layers(tree: dict[str, Any]) -> dict[str, Any]:
 
 def widened(tree: Any) -> Any:
     """Arrays of half precision as float32, others as they are: what conversions compute with."""
-    return jax.tree.map(lambda x: x.astype(np.float32) if x.dtype.itemsize < 4 else x, tree)
+
+    def wide(x: Any) -> Any:
+        half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+        return x.astype(np.float32) if half else x
+
+    return jax.tree.map(wide, tree)
 
 
 def cast(tree: Any, dtype: Any) -> Any:

@@ -5,8 +5,9 @@
 A tiny model of every variant with K = 1, N/2 and N key/value heads, at each value of each option of
 `VALUES`, is written as a model directory, and from there as safetensors and as a file of the
 released code. `convert.load` reads each of them, and is told nothing but the number of query heads
-of a released file. Dtypes of computation and parameters: the plain ones, all others in turns (all
-of `DTYPES` where no option is set; with `--every-dtype` everywhere). Then
+of a released file. Dtypes of computation and parameters are the plain ones; where no option is set,
+all of `DTYPES` too; where K = N/2 or of `mha`, another pair by chance (`--every-dtype`: all of them
+everywhere). Then
 
 - a directory and a safetensors file give an equal model and equal arrays, dtypes included;
 - the logits are those of the source, bit for bit. They are computed for the plain dtypes, and
@@ -28,6 +29,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -114,7 +116,7 @@ class Case:
 
 
 def all_cases(every_dtype: bool = True) -> list[Case]:
-    """Every variant, K and value of an option; dtypes in turns, or each of them."""
+    """Every variant, K and value of an option; of the dtypes those that the module describes."""
     models = [
         (attention, heads, option, i)
         for attention in VARIANTS
@@ -122,14 +124,15 @@ def all_cases(every_dtype: bool = True) -> list[Case]:
         for option, values in VALUES.items()
         for i in range(len(values))
     ]
-    turns = itertools.cycle(DTYPES[1:])
-    return [
-        Case(*model, *dtypes)
-        for model in models
-        for dtypes in (
-            DTYPES if every_dtype or model[2] == "as it is" else (DTYPES[0], next(turns))
-        )
-    ]
+    chance = random.Random(0)
+
+    def dtypes(attention: str, heads: int, option: str) -> Sequence[tuple[str | None, str]]:
+        if every_dtype or option == "as it is":
+            return DTYPES
+        others = [chance.choice(DTYPES[1:])] if heads == N // 2 or attention == "mha" else []
+        return [DTYPES[0], *others]
+
+    return [Case(*model, *pair) for model in models for pair in dtypes(*model[:3])]
 
 
 def random_variables(model: vit.VisionTransformer, other_memory: bool) -> dict[str, Any]:
@@ -223,7 +226,11 @@ def check(case: Case, folder: pathlib.Path, counts: collections.Counter) -> list
 def sweep(cases: list[Case], folder: pathlib.Path) -> tuple[collections.Counter, list[str]]:
     """(counts, sentences about what is wrong)."""
     counts: collections.Counter = collections.Counter()
-    wrong = [sentence for case in cases for sentence in check(case, folder, counts)]
+    wrong = []
+    for done, case in enumerate(cases, 1):
+        wrong += check(case, folder, counts)
+        if done % 100 == 0:
+            print(f"{done} of {len(cases)} models, {len(wrong)} wrong", file=sys.stderr)
     counts["wrong"] = len(wrong)
     return counts, wrong
 

@@ -8,7 +8,7 @@ import pytest
 from convert_helpers import dtypes, model_directory
 from helpers import N
 
-from kdgqa_jax import analysis, checkpoint, cli, config, convert, starting, vit
+from kdgqa_jax import analysis, checkpoint, cli, config, convert, layers, starting, vit
 from kdgqa_jax.convert import files
 from kdgqa_jax.errors import UserError
 
@@ -99,6 +99,17 @@ def test_refitting_in_half_precision(tmp_path):
     converted.save(tmp_path / "converted")
     assert dtypes(checkpoint.load_model(tmp_path / "converted")[1]) == {"bfloat16"}
     assert "refitted with 6 images" in converted.report.notes[-1]
+
+
+def test_heads_are_grouped_into_the_dtype_that_is_wanted():
+    """As a study does it: uptraining may have another `param_dtype` than pretraining."""
+    before = helpers.tiny_vit("mha")
+    variables = jax.device_get(helpers.vit_variables(before))
+    after = helpers.tiny_vit("gqa", param_dtype="bfloat16")
+    grouped = convert.group_heads(before, variables, after)
+    expected = layers.cast(convert.to_grouped(variables["params"], 3), "bfloat16")
+    assert dtypes(grouped.params) == {"bfloat16"}
+    jax.tree.map(np.testing.assert_array_equal, grouped.params, expected)
 
 
 @pytest.mark.parametrize(

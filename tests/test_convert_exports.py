@@ -1,6 +1,7 @@
 """What is written for PyTorch and read back is the same model bit for bit, or is not written."""
 
 import json
+import random
 
 import helpers
 import jax
@@ -20,7 +21,7 @@ from kdgqa_jax.errors import UserError
 def test_a_share_of_the_sweep(tmp_path):
     """`python tests/sweep_exports.py` has all of them; an option that it lacks fails here."""
     assert set(vit.arguments(helpers.tiny_vit())) <= sweep_exports.COVERED
-    cases = sweep_exports.all_cases(every_dtype=False)[3::300]
+    cases = random.Random(1).sample(sweep_exports.all_cases(every_dtype=False), 6)
     counts, wrong = sweep_exports.sweep(cases, tmp_path)
     assert wrong == []
     assert counts["safetensors: equal"] == counts["directory: equal"] == len(cases)

@@ -215,10 +215,10 @@ def _stated_norm_stats(
 ) -> Flat:
     """The memory as a file that we exported has it: allocations need not follow from the norms."""
     stated: Flat = {}
-    memory = file.source.metadata.get("norm_stats", {})
-    if not isinstance(memory, dict):
+    parts = [file.source.metadata.get(name, {}) for name in ("allocation", "norm_stats")]
+    if not all(isinstance(part, dict) for part in parts):
         raise file.refuse("metadata: norm_stats must hold arrays by name")
-    for path, values in memory.items():
+    for path, values in (parts[0] | parts[1]).items():  # older files hold allocations alone
         whole = path.endswith("/allocation")
         try:
             stated[path] = np.asarray(values, np.int32 if whole else np.float32)
