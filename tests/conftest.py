@@ -1,16 +1,17 @@
-"""Settings and fixtures shared by the tests."""
+"""Settings and fixtures shared by the tests.
+
+JAX reads its settings from the environment when it is imported. So nothing here imports it before
+`pytest_configure` has run: fixtures that need it import it themselves.
+"""
 
 import os
 import shutil
 import socket
+import sys
 import tempfile
 
-import helpers
-import jax.numpy as jnp
 import pytest
 from hypothesis import settings
-
-from kdgqa_jax import train_step
 
 # Machines that run tests differ in speed, and a test that draws new numbers each time cannot be
 # told from a flaky one.
@@ -22,7 +23,10 @@ def pytest_configure(config):
     """Tests spend most of their time compiling: less of it, and one cache for all processes.
 
     The same programs come up again and again: in restarted runs, in workers, in subprocesses.
+    What the environment sets already stays: JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles everything as
+    users do.
     """
+    assert "jax" not in sys.modules, "a plugin has imported jax: its settings would come too late"
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.compilation_cache = tempfile.mkdtemp(prefix="kdgqa_tests_")
@@ -42,12 +46,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def golden():
     """Load `tests/goldens/NAME.npz` as a dict of arrays."""
+    import helpers
+
     return helpers.load_golden
 
 
 @pytest.fixture
 def poison(monkeypatch):
     """Batches whose first image is black give an input of NaN to training steps."""
+    import jax.numpy as jnp
+
+    from kdgqa_jax import train_step
+
     augmented = train_step.augment.training_batch
 
     def planted(images, *arguments):

@@ -6,6 +6,7 @@ where they are compared within a tolerance. They share no code with the package.
 
 import functools
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -25,6 +26,7 @@ RNGS = ("dropout", "noise")
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):
     FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False  # an option that later versions lack
+AS_USERS_COMPILE = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
 def fast_jit(function, **options):
@@ -33,6 +35,25 @@ def fast_jit(function, **options):
     Not for a test of rounding: what users run is optimised.
     """
     return jax.jit(function, compiler_options=FAST_COMPILE, **options)
+
+
+def users_jit(function, **options):
+    """`jax.jit` with the optimisations of a user's process, which conftest.py turns off."""
+    return jax.jit(function, compiler_options=AS_USERS_COMPILE, **options)
+
+
+def child_environment(devices: int = 1) -> dict[str, str]:
+    """The environment of a process that a test starts: CPU devices, this package, our settings.
+
+    XLA's flags of the tests stay, so that a run under other flags is one in its processes too.
+    """
+    count = f"--xla_force_host_platform_device_count={devices}"
+    root = str(pathlib.Path(__file__).parents[1])
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {count}".strip(),
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
+    }
 
 
 def rngs(seed: int = 0, **options) -> dict[str, jax.Array]:
@@ -63,7 +84,7 @@ def assert_close(actual: Any, expected: Any, relative: float, scale: float | Non
     for (path, a), b in pairs:
         a, b, name = np.asarray(a), np.asarray(b), jax.tree_util.keystr(path)
         assert a.shape == b.shape or b.ndim == 0, f"{name}: {a.shape}, expected {b.shape}"
-        if np.issubdtype(a.dtype, np.integer) or a.dtype == bool:
+        if all(x.dtype.kind in "bui" for x in (a, b)):
             np.testing.assert_array_equal(a, b, err_msg=name)
             continue
         a, b = a.astype(np.float64), b.astype(np.float64)
@@ -71,20 +92,19 @@ def assert_close(actual: Any, expected: Any, relative: float, scale: float | Non
         np.testing.assert_allclose(a, b, rtol=0.0, atol=atol, err_msg=name)
 
 
+def relative_difference(actual: Any, expected: Any) -> float:
+    """The largest difference between two trees over their largest magnitude; 0 if they are empty.
+
+    For what a test compares in another process and hands over as a number.
+    """
+    differences = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), actual, expected)
+    return largest(differences) / (largest((actual, expected)) or 1.0)
+
+
 def largest(tree: Any) -> float:
     """The largest magnitude of the finite numbers in a tree of arrays; 0 if there is none."""
     arrays = [np.abs(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)]
     return max((float(x[np.isfinite(x)].max(initial=0.0)) for x in arrays), default=0.0)
-
-
-def assert_trees_close(actual: Any, expected: Any, atol: float, rtol: float = 0.0) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
-    ):
-        np.testing.assert_allclose(
-            a, b, atol=atol, rtol=rtol, err_msg=jax.tree_util.keystr(path), strict=False
-        )
 
 
 # --- tiny layers and models ---------------------------------------------------------------------
@@ -296,7 +316,10 @@ def naive_norm(x, params) -> np.ndarray:
 def naive_vit(
     images, params, index, patch: int, pool: str = "token", inputs: list | None = None
 ) -> np.ndarray:
-    """timm's ViT in float64 with a given group index: logits; attention inputs go to `inputs`."""
+    """timm's ViT in float64 with a given group index, or a list of one for each layer: logits.
+
+    Attention inputs go to `inputs`.
+    """
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     batch, height, width, _ = images.shape
     kernel = params["patch_embed"]["kernel"]
@@ -309,7 +332,9 @@ def naive_vit(
     if "cls_token" in params:
         x = np.concatenate([np.repeat(params["cls_token"], batch, axis=0), x], axis=1)
     x = x + params["pos_embed"]
-    for i in range(sum(name.startswith("blocks_") for name in params)):
+    depth = sum(name.startswith("blocks_") for name in params)
+    indices = index if isinstance(index, list) else [index] * depth
+    for i, index in enumerate(indices):
         block = params[f"blocks_{i}"]
         y = naive_norm(x, block["norm1"])
         if inputs is not None:

@@ -112,10 +112,10 @@ def naive_mean_pooled(attention, num_kv_heads):
     return pooled
 
 
-def assert_same_function(x, before, after, atol=1e-5):
+def assert_same_function(x, before, after, relative=1e-5):
     """Logits, attention maps and outputs of the float32 layer, and the first two in float64."""
     before, after = as_float32(before), as_float32(after)
-    np.testing.assert_allclose(naive_logits(x, after), naive_logits(x, before), atol=atol)
+    helpers.assert_close(naive_logits(x, after), naive_logits(x, before), relative)
     results = []
     for attention in (before, after):
         module = helpers.layer("gqa", num_kv_heads=attention["key"]["kernel"].shape[1])
@@ -123,5 +123,5 @@ def assert_same_function(x, before, after, atol=1e-5):
         out, sown = run({"params": attention}, np.float32(x))
         results.append((np.asarray(out), np.asarray(sown["intermediates"]["maps"])))
     for a, b in zip(*results, strict=True):
-        np.testing.assert_allclose(b, a, atol=atol)
+        helpers.assert_close(b, a, relative)
     assert np.ptp(results[0][1]) > 0.1  # attention is far from uniform

@@ -57,7 +57,7 @@ def test_golden_rows_are_reproduced_exactly(golden, name):
     for num_heads, num_kv_heads in np.unique(shapes, axis=0).tolist():
         rows = np.flatnonzero((shapes == (num_heads, num_kv_heads)).all(axis=1))
         scores = [data[k][rows, :num_kv_heads] for k in ("norms", "cache") if k in data]
-        jit = jax.jit if num_kv_heads in (3, 7) else helpers.fast_jit  # some as users compile them
+        jit = helpers.users_jit if num_kv_heads in (3, 7) else helpers.fast_jit
         result = jit(functools.partial(rule, num_heads=num_heads))(*scores)
         allocation = result if name == "kdgqa" else result[0]
         np.testing.assert_array_equal(allocation, data["allocation"][rows, :num_kv_heads])
@@ -263,7 +263,7 @@ def test_kdgqa_rounds_half_to_even(num_heads, expected):
 def test_cache_rules():
     norms, cache = np.float32([[1.0, 2.0, 5.0]]), np.float32([[3.0, 2.0, 1.0]])
     result = evaluate(norms, 8, cache)
-    np.testing.assert_allclose(result["caches"][0], 0.9 * norms + 0.1 * cache, rtol=1e-6)
+    helpers.assert_close(result["caches"][0], 0.9 * norms + 0.1 * cache, 1e-6)
     np.testing.assert_array_equal(result["caches"][1], norms)
     assert result["dgqa_diff"].tolist() == [[3, 0, 5]]  # changes 2, 0, 4: shares 2.67, 0, 5.33
     old = helpers.fast_jit(lambda n, c: alloc.dgqa_ema_allocation(n, c, 8, beta=0.0))(norms, cache)
@@ -375,7 +375,7 @@ def test_key_head_norms(importance, dtype):
         (norms(key, mask.astype(np.int32)), expected[mask].mean(0)),
     ]:
         assert actual.dtype == jnp.float32
-        np.testing.assert_allclose(actual, wanted, rtol=1e-5)
+        helpers.assert_close(actual, wanted, 1e-5)
     poisoned = jnp.where(mask[:, None, None, None], key, jnp.nan)
     np.testing.assert_array_equal(norms(poisoned, mask), norms(key, mask))
     np.testing.assert_array_equal(norms(key, np.zeros(5, bool)), np.zeros(3))

@@ -65,18 +65,18 @@ def test_evaluation_equals_numpy(attention, options):
     index = np.array([helpers.naive_index(a) for a in np.atleast_2d(allocation)])
 
     out, captured = applied(module, jax.jit)(variables, x)
-    np.testing.assert_allclose(out, helpers.naive_layer(x, params, index), atol=1e-4)
+    helpers.assert_close(out, helpers.naive_layer(x, params, index), 1e-5)
     grouping = captured["grouping"]
     np.testing.assert_array_equal(grouping["allocation"], allocation)
     np.testing.assert_array_equal(np.atleast_2d(grouping["group_index"]), index)
     expected = norms if allocation.ndim == 2 else norms.mean(0)
-    np.testing.assert_allclose(grouping["key_norm"], expected, rtol=1e-5)
+    helpers.assert_close(grouping["key_norm"], expected, 1e-5)
     q, k, v = (helpers.project(x, params, name) for name in ("query", "key", "value"))
     maps = helpers.naive_attention(q, k, v, index)[1]
-    np.testing.assert_allclose(captured["intermediates"]["maps"], maps, atol=1e-5)
+    helpers.assert_close(captured["intermediates"]["maps"], maps, 1e-5)
     if attention == "kdgqa":  # capturing changes nothing
         plain = helpers.fast_jit(module.apply)(variables, x)
-        np.testing.assert_allclose(plain, out, atol=1e-5)
+        helpers.assert_close(plain, out, 1e-5)
 
 
 def test_as_many_key_heads_as_query_heads_is_mha():
@@ -112,10 +112,10 @@ def test_padding_changes_no_real_image(attention, options):
     for filling in (np.nan, 1e3):
         padded = np.concatenate([x, np.full((2, T, D), filling, np.float32)])
         padded_out, padded_state = run(variables, padded, step, mask)
-        np.testing.assert_allclose(padded_out[:B], out, atol=1e-6)
+        helpers.assert_close(padded_out[:B], out, 1e-6)
         assert ("norm_stats" in state) == (attention in DGQA)
         stats = (s.get("norm_stats", {}) for s in (padded_state, state))
-        helpers.assert_trees_close(*stats, atol=0, rtol=1e-6)
+        helpers.assert_close(*stats, 1e-6)
     if (attention, options) == ("kdgqa", {}):  # the published rule, which knows no mask
         assert np.abs(run(variables, padded, step)[0][:B] - out).max() > 0.1
 
@@ -144,10 +144,10 @@ def test_dgqa_updates_on_the_window_only(attention):
         variables["norm_stats"] = new["norm_stats"]
         assert new["norm_stats"]["allocation"].tolist() == allocation, step
         assert new["grouping"]["group_index"].tolist() == helpers.naive_index(allocation).tolist()
-        np.testing.assert_allclose(new["norm_stats"]["key_norm"], cache, rtol=1e-5)
+        helpers.assert_close(new["norm_stats"]["key_norm"], cache, 1e-5)
         assert new["norm_stats"]["key_norm"].dtype == jnp.float32
         _, kept = evaluate(variables, tokens(50 + step, features=2), jnp.int32(step))
-        helpers.assert_trees_close(kept["norm_stats"], new["norm_stats"], 0)
+        helpers.assert_close(kept["norm_stats"], new["norm_stats"], 0)
         seen.append(tuple(allocation))
     assert len(set(seen)) >= 3
 
@@ -156,7 +156,7 @@ def test_dgqa_updates_on_the_window_only(attention):
 def test_dgqa_in_training_needs_the_step(attention):
     module = layer(attention)
     variables = helpers.fast_jit(module.init)(jax.random.key(0), tokens())
-    helpers.assert_trees_close(variables["norm_stats"], layer_variables(module)["norm_stats"], 0)
+    helpers.assert_close(variables["norm_stats"], layer_variables(module)["norm_stats"], 0)
     with pytest.raises(ValueError, match=f"{attention!r} in training needs step="):
         module.apply(variables, tokens(), train=True, mutable=["norm_stats"])
 
@@ -177,7 +177,7 @@ def test_importance_drives_the_allocation(importance, attention):
     }[importance].mean(0)
     rule = helpers.naive_kdgqa if attention == "kdgqa" else helpers.naive_apportion
     _, captured = applied(module, train=True)(variables, x, jnp.int32(0))
-    np.testing.assert_allclose(captured["grouping"]["key_norm"], scores, rtol=1e-4)
+    helpers.assert_close(captured["grouping"]["key_norm"], scores, 1e-5)
     assert captured["grouping"]["allocation"].tolist() == rule(scores, N)
 
 
@@ -207,10 +207,10 @@ def test_remember_key_gradients(layers, bias):
     new = remember_key_gradients({"blocks": {"attn": old}}, grads)["blocks"]["attn"]
     squares = (kernel.astype(np.float64) ** 2).sum((-3, -1))
     squares += (offset.astype(np.float64) ** 2).sum(-1) if bias else 0.0
-    np.testing.assert_allclose(new["key_gradient"], np.sqrt(squares), rtol=1e-6)
+    helpers.assert_close(new["key_gradient"], np.sqrt(squares), 1e-6)
     np.testing.assert_array_equal(new["allocation"], old["allocation"])
     stats = {"blocks": {"attn": {"key_norm": jnp.ones(K)}}}
-    helpers.assert_trees_close(remember_key_gradients(stats, grads), stats, 0)
+    helpers.assert_close(remember_key_gradients(stats, grads), stats, 0)
 
 
 @pytest.mark.parametrize("attention", NORM_VARIANTS)
@@ -249,7 +249,7 @@ def test_pgqa_perturbs_the_maps_off_the_diagonal(distribution, statistics):
     diagonal = np.eye(T, dtype=bool)
     np.testing.assert_array_equal(taken[..., diagonal], 0.0)
     z = standardised(taken, clean, statistics)[..., ~diagonal]
-    np.testing.assert_allclose(z, np.broadcast_to(z[:1], z.shape), atol=1e-3)
+    helpers.assert_close(z, np.broadcast_to(z[:1], z.shape), 1e-5)
     assert z.std() > 0.5
     assert np.abs(out - clean_out).max() > 0.05
 
@@ -262,11 +262,11 @@ def test_pgqa_perturbs_the_output_but_its_first_entries(statistics):
     variables["params"]["out"] = {"kernel": jnp.eye(D).reshape(N, H, D), "bias": jnp.zeros(D)}
     clean, clean_captured = applied(module)(variables, x)
     noisy, captured = applied(module, train=True)(variables, x)
-    helpers.assert_trees_close(captured["intermediates"], clean_captured["intermediates"], 1e-6)
+    helpers.assert_close(captured["intermediates"], clean_captured["intermediates"], 1e-6)
     clean, noisy = (np.asarray(o).reshape(B, T, N, H) for o in (clean, noisy))
-    np.testing.assert_allclose(noisy[..., 0], clean[..., 0], atol=1e-6)
+    helpers.assert_close(noisy[..., 0], clean[..., 0], 1e-6)
     z = standardised(clean - noisy, clean, statistics)[..., 1:]
-    np.testing.assert_allclose(z, np.broadcast_to(z[:1], z.shape), atol=1e-3)
+    helpers.assert_close(z, np.broadcast_to(z[:1], z.shape), 1e-5)
     assert np.all(z.std((0, 1, 2)) > 0.5)
 
 
@@ -287,7 +287,7 @@ def test_pgqa_without_noise_is_gqa_and_evaluation_is_deterministic(target):
 
     first, again, other = (outputs(seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first["evaluation"], first["gqa"])
-    np.testing.assert_allclose(first["silent"], first["gqa"], atol=1e-6)
+    helpers.assert_close(first["silent"], first["gqa"], 1e-5)
     np.testing.assert_array_equal(first["noisy"], again["noisy"])
     for quiet in (other["noisy"], first["gqa"]):
         assert np.abs(first["noisy"] - quiet).max() > 0.01
@@ -331,7 +331,7 @@ def test_bfloat16_keeps_statistics_in_float32(attention):
     assert (low.dtype, captured["grouping"]["key_norm"].dtype) == (jnp.bfloat16, jnp.float32)
     allocations = [c["grouping"]["allocation"].tolist() for c in (captured, wanted)]
     assert allocations[0] == allocations[1] != [2, 2, 2]
-    np.testing.assert_allclose(np.float32(low), out, atol=3e-2 * np.abs(out).max())
+    helpers.assert_close(np.float32(low), out, 3e-2)
 
 
 # --- use and misuse -----------------------------------------------------------------------------

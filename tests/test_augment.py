@@ -45,17 +45,17 @@ def run(settings, images, labels, seed=0, **options):
 def test_nothing_asked_for_nothing_done():
     images, labels = batch()
     out, targets = run(config(), images, labels)
-    np.testing.assert_allclose(out, images, atol=1e-3)
+    helpers.assert_close(out, images, 1e-3)
     np.testing.assert_array_equal(targets, labels)
     half, _ = step(config(), mean=0.5, std=0.25)(images, labels, 0)
-    np.testing.assert_allclose(half, (images / 255.0 - 0.5) / 0.25, atol=1e-5)
+    helpers.assert_close(half, (images / 255.0 - 0.5) / 0.25, 1e-5)
 
 
 def test_resize_comes_last():
     images, labels = batch()
     large, _ = run(config(), images, labels, image_shape=(24, 18))
     expected = jax.image.resize(images.astype(np.float32), (B, 24, 18, 3), "bilinear")
-    np.testing.assert_allclose(large, expected, atol=1e-2)
+    helpers.assert_close(large, expected, 1e-2)
 
 
 def test_flip_turns_about_half_of_the_images():
@@ -114,7 +114,7 @@ def test_erasing_zeroes_one_box_of_the_right_size():
                 rows, columns = np.flatnonzero(gone[i].any(1)), np.flatnonzero(gone[i].any(0))
                 assert gone[i].sum() == len(rows) * len(columns)  # a box without gaps
                 assert gone[i].mean() < 0.45
-            np.testing.assert_allclose(out[i][~gone[i]], images[i][~gone[i]], atol=1e-2)
+            helpers.assert_close(out[i][~gone[i]], images[i][~gone[i]], 1e-2)
         # A box narrower than a pixel may hold the centre of none.
         assert count >= 0.85 * B if erased else 16 < count < 48
 
@@ -124,7 +124,7 @@ def test_label_smoothing():
     _, targets = run(config(label_smoothing=0.1), images, labels)
     expected = np.full((B, CLASSES), 0.02)
     expected[np.arange(B), labels] += 0.9
-    np.testing.assert_allclose(targets, expected, atol=1e-6)
+    helpers.assert_close(targets, expected, 1e-6)
 
 
 def test_mixup_mixes_images_and_labels_alike():
@@ -135,8 +135,8 @@ def test_mixup_mixes_images_and_labels_alike():
         # The ratio from the pixels; labels have to have the same.
         difference = images.astype(np.float64) - images[::-1]
         kept = np.sum((out - images[::-1]) * difference) / np.sum(difference**2)
-        np.testing.assert_allclose(out, kept * images + (1 - kept) * images[::-1], atol=0.01)
-        np.testing.assert_allclose(targets, kept * one_hot + (1 - kept) * one_hot[::-1], atol=1e-4)
+        helpers.assert_close(out, kept * images + (1 - kept) * images[::-1], 0.01)
+        helpers.assert_close(targets, kept * one_hot + (1 - kept) * one_hot[::-1], 1e-4)
         ratios.append(kept)
     assert np.ptp(ratios) > 0.3 and min(ratios) >= 0 and max(ratios) <= 1
 
@@ -153,7 +153,7 @@ def test_cutmix_pastes_one_box_and_counts_its_pixels():
         rows, columns = np.flatnonzero(pasted.any(1)), np.flatnonzero(pasted.any(0))
         assert pasted.sum() == len(rows) * len(columns)
         kept = 1 - pasted.mean()
-        np.testing.assert_allclose(targets, kept * one_hot + (1 - kept) * one_hot[::-1], atol=1e-5)
+        helpers.assert_close(targets, kept * one_hot + (1 - kept) * one_hot[::-1], 1e-5)
         shares.append(kept)
     assert np.ptp(shares) > 0.3
 
@@ -211,4 +211,4 @@ def test_normalisation_per_channel():
     mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
     found = augment.to_model_input(images, (4, 4), mean, std)
-    np.testing.assert_allclose(found, (images / 255 - mean) / std, atol=1e-6)
+    helpers.assert_close(found, (images / 255 - mean) / std, 1e-6)

@@ -196,7 +196,7 @@ def test_heads_are_merged_for_the_groups_that_gradients_fix(by_gradient):
             for leaf, x in leaves.items():
                 leaves[leaf] = x[..., helpers.naive_index(allocation), :]
     expected, _ = convert.to_merged(repeated, 1)
-    helpers.assert_trees_close(found.variables["params"], expected, atol=1e-5)
+    helpers.assert_close(found.variables["params"], expected, 1e-5)
 
 
 def test_fewer_heads_are_suggested_for_memories_of_gradients(by_gradient):

@@ -50,7 +50,7 @@ def test_released_files_through_the_command_line(golden_file, tmp_path, name):
     out, logits = tmp_path / "model", tmp_path / "logits.npy"
     run("convert", "--source", path, "--num-heads", golden["num_heads"], "--out", out)
     run("predict", "--checkpoint", out, "--images", images, "--out", logits)
-    np.testing.assert_allclose(np.load(logits), golden["logits"], atol=1e-4)
+    helpers.assert_close(np.load(logits), golden["logits"], 1e-5)
     _, predictions, _ = predict.predict_files(out, [images])
     if "allocation" in golden:
         np.testing.assert_array_equal(predictions.allocation[0], golden["allocation"])
@@ -80,7 +80,7 @@ def test_timm_file_and_its_mean_pooled_version(golden_file, tmp_path):
         out, written = tmp_path / attention, tmp_path / f"{attention}.npy"
         run("convert", "--source", path, "--num-heads", 6, "--out", out, "--attention", attention)
         run("predict", "--checkpoint", out, "--images", images, "--out", written)
-        np.testing.assert_allclose(np.load(written), golden[logits], atol=1e-4)
+        helpers.assert_close(np.load(written), golden[logits], 1e-5)
     _, variables, description = checkpoint.load_model(tmp_path / "gqa")
     for i in range(2):
         qkv = {x: golden[f"weights/blocks.{i}.attn.qkv.{x}"] for x in ("weight", "bias")}
@@ -89,8 +89,8 @@ def test_timm_file_and_its_mean_pooled_version(golden_file, tmp_path):
             bias = qkv["bias"][48 * third : 48 * (third + 1)]
             pooled = variables["params"][f"blocks_{i}"]["attn"][name]
             expected = rows.reshape(3, 2, 8, 48).mean(1)
-            np.testing.assert_allclose(pooled["kernel"].transpose(1, 2, 0), expected, atol=1e-6)
-            np.testing.assert_allclose(pooled["bias"], bias.reshape(3, 2, 8).mean(1), atol=1e-6)
+            helpers.assert_close(pooled["kernel"].transpose(1, 2, 0), expected, 1e-6)
+            helpers.assert_close(pooled["bias"], bias.reshape(3, 2, 8).mean(1), 1e-6)
     rows = description["converted"]["parameters"]
     assert {
         "parameter": "blocks_0..1/attn/key/kernel",
@@ -138,7 +138,7 @@ def test_average_pooling_and_missing_qkv_bias(golden, tmp_path):
     logits = converted.model.apply(converted.variables, images)
     params = converted.variables["params"]
     expected = helpers.naive_vit(images, params, np.arange(6), 8, pool="avg")
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    helpers.assert_close(logits, expected, 1e-5)
 
 
 # --- Hugging Face transformers ------------------------------------------------------------------
@@ -202,9 +202,9 @@ def test_hugging_face_models_agree(tmp_path, name, release):
         loaded = convert.load(place)
         assert loaded.model.attention["num_heads"] == 6 and loaded.model.norm_epsilon == 1e-12
         found = loaded.model.apply(loaded.variables, nhwc, method="features")
-        np.testing.assert_allclose(found, features, atol=1e-4)
+        helpers.assert_close(found, features, 1e-5)
         logits = loaded.model.apply(loaded.variables, nhwc)
-        np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+        helpers.assert_close(logits, expected.numpy(), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit", "deit"])
@@ -227,7 +227,7 @@ def test_what_save_pretrained_writes_is_read(tmp_path, name):
         expected = model(images).logits.numpy()
     converted = convert.load(tmp_path)
     logits = converted.model.apply(converted.variables, images.numpy().transpose(0, 2, 3, 1))
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    helpers.assert_close(logits, expected, 1e-5)
     assert converted.description["class_names"][3] == "kind 3"
     assert converted.description["preprocessing"] == {
         "mean": [0.485, 0.456, 0.406],
@@ -247,7 +247,7 @@ def test_pickled_hugging_face_directory(tmp_path):
         expected = model(images).logits.numpy()
     converted = convert.load(tmp_path)
     logits = converted.model.apply(converted.variables, images.numpy().transpose(0, 2, 3, 1))
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    helpers.assert_close(logits, expected, 1e-5)
 
 
 def test_repository_in_the_cache_needs_no_network(tmp_path, monkeypatch):
@@ -305,7 +305,7 @@ def test_augreg_file_equals_the_timm_file(golden, tmp_path):
     converted = convert.load(tmp_path / "a.npz")  # the heads are an axis of the file
     images = values["images_nchw"].transpose(0, 2, 3, 1)
     logits = converted.model.apply(converted.variables, images)
-    np.testing.assert_allclose(logits, values["logits_mha"], atol=1e-4)
+    helpers.assert_close(logits, values["logits_mha"], 1e-5)
     save_file(weights, tmp_path / "a.safetensors")
     timm = convert.load(tmp_path / "a.safetensors", num_heads=6)
     jax.tree.map(np.testing.assert_array_equal, converted.variables, timm.variables)
@@ -323,7 +323,7 @@ def test_augreg_file_with_a_representation_layer(golden, tmp_path):
     hidden = np.tanh(values["features_mha"][:, 0] @ kernel + bias)
     expected = hidden @ arrays["head/kernel"] + arrays["head/bias"]
     logits = converted.model.apply(converted.variables, images)
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    helpers.assert_close(logits, expected, 1e-4)
     tuned = convert.load(tmp_path / "a.npz", num_classes=3)  # the layer goes with the old head
     assert tuned.model.representation_size == 0
     assert tuned.variables["params"]["head"]["kernel"].shape == (48, 3)
@@ -342,7 +342,7 @@ def test_position_embedding_is_resized_as_timm_calls_torch(old, new, prefix):
     grid = torch.from_numpy(embedding[:, prefix:].reshape(1, *old, 16)).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(grid, size=new, mode="bicubic", antialias=True)
     expected = expected.permute(0, 2, 3, 1).reshape(1, -1, 16).numpy()
-    np.testing.assert_allclose(resized[:, prefix:], expected, atol=1e-4)
+    helpers.assert_close(resized[:, prefix:], expected, 1e-5)
     np.testing.assert_array_equal(resized[:, :prefix], embedding[:, :prefix])
 
 
@@ -362,16 +362,13 @@ def test_input_channels_as_timm_fits_them(golden, tmp_path):
     rgb = convert.load(tmp_path / "a.safetensors", num_heads=6)
     grey = convert.load(tmp_path / "a.safetensors", num_heads=6, channels=1)
     image = helpers.normal(0, 2, 32, 32, 1)
-    np.testing.assert_allclose(  # a grey image gives what it gave as RGB
-        grey.model.apply(grey.variables, image),
-        rgb.model.apply(rgb.variables, np.repeat(image, 3, axis=-1)),
-        atol=1e-4,
-    )
+    expected = rgb.model.apply(rgb.variables, np.repeat(image, 3, axis=-1))
+    helpers.assert_close(grey.model.apply(grey.variables, image), expected, 1e-5)
     assert grey.description["channels"] == 1
     assert grey.description["preprocessing"]["mean"] == [0.5]
     kernel = rgb.variables["params"]["patch_embed"]["kernel"]
     five = convert.adapt_input_channels(kernel, 5)
-    np.testing.assert_allclose(five, kernel[:, :, [0, 1, 2, 0, 1]] * 0.6, rtol=1e-6)
+    helpers.assert_close(five, kernel[:, :, [0, 1, 2, 0, 1]] * 0.6, 1e-6)
 
 
 def test_another_number_of_classes_gives_a_new_head(golden, tmp_path):
@@ -421,7 +418,7 @@ def test_grouped_to_fewer_heads(trained):
         old = np.asarray(flat["before"][name])
         if re.search("/attn/(key|value)/", name):
             old = (old[..., 0::2, :] + old[..., 1::2, :]) / 2
-        np.testing.assert_allclose(x, old, atol=1e-6)
+        helpers.assert_close(x, old, 1e-6)
     kept = after.variables["norm_stats"]["blocks_0"]["attn"]
     np.testing.assert_array_equal(kept["allocation"], [4, 4])  # the memory of 4 heads is void
 

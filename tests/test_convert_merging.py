@@ -32,8 +32,8 @@ def test_groups_of_joint_rank_h_lose_nothing(kv_heads, wanted):
     assert merged.attention["key"]["kernel"].shape == (D, wanted, H)
     assert merged.attention["value"]["bias"].shape == (wanted, H)
     assert_same_function(structured_tokens(7, images=3), attention, merged.attention)
-    np.testing.assert_allclose(merged.keys_kept, 1.0, atol=1e-7)
-    np.testing.assert_allclose(merged.values_kept, 1.0, atol=1e-7)
+    helpers.assert_close(merged.keys_kept, 1.0, 1e-7)
+    helpers.assert_close(merged.values_kept, 1.0, 1e-7)
 
 
 def test_procrustes_undoes_rotations():
@@ -57,11 +57,11 @@ def test_procrustes_ends_where_every_head_fits_the_mean_best():
     encoders, turns = convert.MERGING["procrustes"](moment, np.zeros((5, H, H)))
     turned = np.einsum("Tga,gab->Tgb", heads, turns)
     mean = turned.mean(axis=1)
-    np.testing.assert_allclose(np.einsum("Tga,gab->Tb", heads, encoders), mean, atol=1e-12)
+    helpers.assert_close(np.einsum("Tga,gab->Tb", heads, encoders), mean, 1e-12)
     for g in range(5):
-        np.testing.assert_allclose(turns[g].T @ turns[g], np.eye(H), atol=1e-12)
+        helpers.assert_close(turns[g].T @ turns[g], np.eye(H), 1e-12)
         product = turned[:, g].T @ mean
-        np.testing.assert_allclose(product, product.T, atol=1e-3 * np.abs(product).max())
+        helpers.assert_close(product, product.T, 1e-3)
         assert np.linalg.eigvalsh(product + product.T).min() > 0
 
 
@@ -82,10 +82,11 @@ def test_projections_without_bias_stay_without():
     x = structured_tokens(images=8)
     merged = convert.merge_heads(attention, 3, convert.InputMoments.of(x)).attention
     assert jax.tree.structure(merged) == jax.tree.structure(attention)
-    np.testing.assert_allclose(naive_logits(x, merged), naive_logits(x, attention), atol=1e-9)
+    helpers.assert_close(naive_logits(x, merged), naive_logits(x, attention), 1e-9)
     missing = naive_value_errors(x, attention, merged).sum(axis=0)
     gained = merged["out"]["bias"] - attention["out"]["bias"]
-    np.testing.assert_allclose(missing, np.broadcast_to(gained, missing.shape), atol=1e-6)
+    scale = helpers.largest(attention["out"]["kernel"])
+    helpers.assert_close(missing, np.broadcast_to(gained, missing.shape), 1e-9, scale=scale)
 
 
 # --- what is lost is what was said --------------------------------------------------------------
@@ -100,13 +101,13 @@ def test_errors_are_the_discarded_energy(kv_heads, wanted):
     for rule in RULES:
         merged = convert.merge_heads(attention, wanted, moments, rule)
         keys = by_group(naive_key_error(x, attention, merged.attention), wanted)
-        np.testing.assert_allclose(merged.key_lost, keys, rtol=0.01)
+        helpers.assert_close(merged.key_lost, keys, 1e-9)
         errors = naive_value_errors(x, attention, merged.attention)
         means = errors.mean(axis=1, keepdims=True)
         values = by_group(np.mean(np.sum((errors - means) ** 2, axis=-1), axis=1), wanted)
-        np.testing.assert_allclose(merged.value_lost, values, rtol=0.01)
+        helpers.assert_close(merged.value_lost, values, 1e-9)
         gained = merged.attention["out"]["bias"] - attention["out"]["bias"]
-        np.testing.assert_allclose(means.sum(axis=(0, 1)), gained, atol=1e-9)
+        helpers.assert_close(means.sum(axis=(0, 1)), gained, 1e-9)
         key_losses[rule], value_losses[rule] = keys, values
     pooled = naive_mean_pooled(attention, wanted)
     key_losses["mean"] = by_group(naive_key_error(x, attention, pooled), wanted)
@@ -130,9 +131,9 @@ def test_lost_keys_are_the_discarded_eigenvalues():
         keys = [(a - a.mean(1, keepdims=True)).reshape(-1, H) for a in keys]
         logits = np.concatenate([a.reshape(-1, H) @ b.T for a, b in zip(q, keys, strict=True)])
         values = np.linalg.svd(logits, compute_uv=False) ** 2 / len(keys[0]) ** 2
-        np.testing.assert_allclose(merged.key_lost[k], values[H:].sum(), rtol=1e-5)
+        helpers.assert_close(merged.key_lost[k], values[H:].sum(), 1e-5)
         share = values[:H].sum() / values.sum()
-        np.testing.assert_allclose(merged.keys_kept[k], share, rtol=1e-6)
+        helpers.assert_close(merged.keys_kept[k], share, 1e-6)
 
 
 def test_grouped_heads_merge_like_the_heads_that_they_stand_for():
@@ -144,10 +145,10 @@ def test_grouped_heads_merge_like_the_heads_that_they_stand_for():
     moments = convert.InputMoments.of(x)
     few, many = (convert.merge_heads(a, 1, moments) for a in (grouped, copied))
     # The floor under eigenvalues is a share of each head's largest, so they are not bit-equal.
-    np.testing.assert_allclose(few.key_lost, many.key_lost, rtol=1e-4)
-    np.testing.assert_allclose(few.value_lost, many.value_lost, rtol=1e-4)
+    helpers.assert_close(few.key_lost, many.key_lost, 1e-9)
+    helpers.assert_close(few.value_lost, many.value_lost, 1e-9)
     a, b = (naive_logits(x, m.attention) for m in (few, many))
-    np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max())
+    helpers.assert_close(a, b, 1e-9)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -160,15 +161,15 @@ def test_without_data_like_with_data_of_that_distribution(rule):
     moments = convert.InputMoments.of(x)
     calibrated = convert.merge_heads(attention, 2, moments, rule)
     free = convert.merge_heads(attention, 2, convert.data_free_moments(scale, bias), rule)
-    np.testing.assert_allclose(free.keys_kept, calibrated.keys_kept, atol=0.01)
-    np.testing.assert_allclose(free.values_kept, calibrated.values_kept, atol=0.01)
+    helpers.assert_close(free.keys_kept, calibrated.keys_kept, 0.01)
+    helpers.assert_close(free.values_kept, calibrated.values_kept, 0.01)
     # Near its optimum the loss is flat: errors of the moments count squared.
     best, lost = (
         by_group(naive_key_error(x[:30], attention, m.attention), 2) for m in (calibrated, free)
     )
-    np.testing.assert_allclose(lost, best, rtol=0.02)
-    np.testing.assert_allclose(free.attention["out"]["bias"].std(),
-                               calibrated.attention["out"]["bias"].std(), rtol=0.1)  # fmt: skip
+    helpers.assert_close(lost, best, 0.02)
+    biases = (x.attention["out"]["bias"].std() for x in (free, calibrated))
+    helpers.assert_close(*biases, 0.1)
 
 
 # --- what goes wrong elsewhere ------------------------------------------------------------------
@@ -192,9 +193,9 @@ def test_dead_heads(rule, dead):
     assert np.abs(merged.attention["query"]["kernel"]).max() < 10
     if rule == "svd" and dead in ("query", "key", "all"):
         error = naive_key_error(x, attention, merged.attention)
-        np.testing.assert_allclose(error[2:4], 0.0, atol=1e-6 * error.max())
+        helpers.assert_close(error[2:4], 0.0, 1e-6, scale=error.max())
     if rule == "svd" and dead in ("value", "out", "all"):
-        np.testing.assert_allclose(merged.values_kept[1], 1.0, atol=1e-6)
+        helpers.assert_close(merged.values_kept[1], 1.0, 1e-6)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -220,10 +221,8 @@ def test_fewer_tokens_than_the_head_width(noise):
     rounding = noise * size * np.random.default_rng(0).standard_normal((D, D))
     moments.within += (rounding + rounding.T) / 2
     merged = convert.merge_heads(attention, 3, moments)
-    np.testing.assert_allclose(
-        naive_logits(x, merged.attention), naive_logits(x, attention), atol=1e-5
-    )
-    np.testing.assert_allclose(merged.keys_kept, 1.0, atol=1e-6)
+    helpers.assert_close(naive_logits(x, merged.attention), naive_logits(x, attention), 1e-5)
+    helpers.assert_close(merged.keys_kept, 1.0, 1e-6)
     others = structured_tokens(13)
     energy = naive_key_error(others, attention, jax.tree.map(np.zeros_like, attention))
     error = naive_key_error(others, attention, merged.attention)
@@ -284,7 +283,7 @@ def test_balancing_keeps_the_function_and_equalises_the_norms():
     for one, many, axis in (("key", "query", 0), ("value", "out", 2)):
         kernel = balanced[one]["kernel"]
         served = np.sum(balanced[many]["kernel"] ** 2, axis=axis).reshape(3, 2, H).mean(1)
-        np.testing.assert_allclose(np.sum(kernel**2, axis=0), served, rtol=1e-9)
+        helpers.assert_close(np.sum(kernel**2, axis=0), served, 1e-9)
 
 
 def test_merged_weights_have_ordinary_magnitudes():
@@ -298,7 +297,7 @@ def test_merged_weights_have_ordinary_magnitudes():
     rms = [
         np.sum(merged[n]["kernel"] ** 2, axis=0).reshape(2, -1, H).mean(1) for n in ("key", "query")
     ]
-    np.testing.assert_allclose(rms[0], rms[1], rtol=1e-6)
+    helpers.assert_close(rms[0], rms[1], 1e-6)
 
 
 # --- a BERT encoder's attention -----------------------------------------------------------------
@@ -346,4 +345,4 @@ def test_attention_of_bert_keeps_its_output():
         new[f"self.{name}.weight"] = merged[name]["kernel"].reshape(D, -1).T
         new[f"self.{name}.bias"] = merged[name]["bias"].reshape(-1)
     before, after = (naive_bert_attention(x, mask, w, N) for w in (weights, new))
-    np.testing.assert_allclose(after[mask], before[mask], atol=1e-5)
+    helpers.assert_close(after[mask], before[mask], 1e-9)

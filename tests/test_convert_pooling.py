@@ -1,5 +1,6 @@
 """Pooling of key/value heads."""
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +32,7 @@ def test_pooling_equals_the_naive_loop(num_kv_heads, pooling, rule):
     bias = jax.random.normal(jax.random.key(2), (8, 4))
     for x in (kernel, bias):
         pooled = convert.pool_heads(x, num_kv_heads, pooling)
-        np.testing.assert_allclose(pooled, naive_pool(x, num_kv_heads, rule), atol=1e-6)
+        helpers.assert_close(pooled, naive_pool(x, num_kv_heads, rule), 1e-6)
 
 
 def test_random_pooling_takes_whole_heads_alike_for_kernel_and_bias():
@@ -85,7 +86,7 @@ def test_heads_that_are_alike_lose_nothing(mha):
     images = jax.random.normal(jax.random.key(4), (3, 8, 8, 1))
     before = jax.jit(model.apply)({"params": alike}, images)
     after = jax.jit(grouped_model.apply)({"params": convert.to_grouped(alike, 2)}, images)
-    np.testing.assert_allclose(after, before, atol=1e-5)
+    helpers.assert_close(after, before, 1e-5)
     assert np.ptp(before) > 0.1
 
 

@@ -3,6 +3,7 @@
 import gzip
 import struct
 
+import helpers
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -127,8 +128,8 @@ def test_shift_turns_and_inverts_every_image():
 def test_model_input_is_normalised_and_resized():
     images = np.array([[[[0], [255]], [[51], [102]]]], np.uint8)
     plain = augment.to_model_input(images, (2, 2), 0.5, 0.5)
-    np.testing.assert_allclose(np.ravel(plain), [-1, 1, -0.6, -0.2], atol=1e-6)
+    helpers.assert_close(np.ravel(plain), np.array([-1, 1, -0.6, -0.2]), 1e-6)
     # Bilinear with half-pixel centres: the middle of a 2 -> 4 resize mixes 3:1.
     larger = np.asarray(augment.to_model_input(images, (4, 4), 0.0, 1.0))[0, :, :, 0]
     assert larger.shape == (4, 4)
-    np.testing.assert_allclose(larger[0], [0, 0.25, 0.75, 1], atol=1e-6)
+    helpers.assert_close(larger[0], np.array([0, 0.25, 0.75, 1]), 1e-6)

@@ -4,6 +4,7 @@ import os
 import resource
 import zlib
 
+import helpers
 import numpy as np
 import pytest
 from PIL import Image
@@ -182,11 +183,9 @@ def test_resize_and_crop():
     squash = images.Preprocessing(crop_share=0.8)
     expected = image.resize((10, 10), Image.Resampling.BILINEAR).crop((1, 1, 9, 9))
     np.testing.assert_array_equal(np.asarray(squash.resized(image, (8, 8))), np.asarray(expected))
-    np.testing.assert_allclose(
-        images.Preprocessing(mean=[0.5, 0.2], std=[0.5, 0.1]).normalise(np.uint8([[255, 51]])),
-        [[1.0, 0.0]],
-        atol=1e-6,
-    )
+    preprocessing = images.Preprocessing(mean=[0.5, 0.2], std=[0.5, 0.1])
+    normalised = preprocessing.normalise(np.uint8([[255, 51]]))
+    helpers.assert_close(normalised, np.array([[1.0, 0.0]]), 1e-6)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
@@ -212,7 +211,7 @@ def test_long_images_take_no_more_memory(tmp_path, size):
     how = images.Preprocessing(interpolation="bicubic", resize="shorter_side")
     pixels = images.read(tmp_path / "x.png", (224, 224), 3, how)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
-    np.testing.assert_allclose(pixels, 127.5, atol=1)
+    helpers.assert_close(pixels, 127.5, 1)
 
 
 # --- Finding ------------------------------------------------------------------------------------

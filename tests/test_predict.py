@@ -49,7 +49,7 @@ def test_batches_are_padded_without_a_trace(make_model, tmp_path):
     expected = model.apply(variables, array)
     logits = np.load(tmp_path / "y.npy")
     assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    helpers.assert_close(logits, expected, 1e-5)
 
 
 def test_allocations_are_those_of_each_batch(make_model):
@@ -158,8 +158,8 @@ def test_folder_to_table_csv_and_json(make_model, tmp_path, capsys):
     for i, record in enumerate(records):
         order = np.argsort(-probabilities[i])[:3]
         assert [c["name"] for c in record["classes"]] == [f"kind {k}" for k in order]
-        shown = [c["probability"] for c in record["classes"]]
-        np.testing.assert_allclose(shown, probabilities[i][order], rtol=1e-5)
+        shown = np.array([c["probability"] for c in record["classes"]])
+        helpers.assert_close(shown, probabilities[i][order], 1e-5)
         assert rows[3 * i]["class"] == record["classes"][0]["name"]
         assert rows[3 * i]["image"] == record["image"]
     # The same as preparing the images by hand.
@@ -170,7 +170,7 @@ def test_folder_to_table_csv_and_json(make_model, tmp_path, capsys):
     _, found, _ = predict.predict_files(gqa[0], [n for n in names if n.endswith(
         ("rgb.png", "grey.png", "alpha.png"))])  # fmt: skip
     expected = gqa[1].apply(gqa[2], (np.stack(pixels) / np.float32(255) - 0.4) / np.float32(0.2))
-    np.testing.assert_allclose(found.logits, expected, atol=1e-4)
+    helpers.assert_close(found.logits, expected, 1e-4)
 
 
 def test_a_model_without_a_head_gives_features(make_model, tmp_path, capsys):
@@ -180,7 +180,7 @@ def test_a_model_without_a_head_gives_features(make_model, tmp_path, capsys):
     command = ["predict", "--checkpoint", str(path), "--images", str(tmp_path / "x.npy")]
     assert cli.main([*command, "--out", str(tmp_path / "y.npy")]) == 0
     features = np.load(tmp_path / "y.npy")
-    np.testing.assert_allclose(features, model.apply(variables, array), atol=1e-5)
+    helpers.assert_close(features, model.apply(variables, array), 1e-5)
     assert features.shape == (2, 64)
     assert cli.main(command) == 1
     assert "the model has no class head; --out FILE.npy" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,9 +179,7 @@ def test_magnitudes_are_torchvisions():
         for name, (start, stop) in ends.items():
             mine = OPS[name].magnitudes(bins, 100, 200)
             assert mine.dtype == np.float32
-            np.testing.assert_allclose(
-                mine, np.linspace(start, stop, bins), rtol=2e-7, atol=0, err_msg=name
-            )
+            helpers.assert_close(mine, np.linspace(start, stop, bins), 2e-7)
     assert OPS["TranslateX"].magnitudes(31, 8, 331)[::3].tolist() == list(range(0, 151, 15))
     bits = OPS["Posterize"].magnitudes
     assert bits(31, 8, 8).tolist() == [8] * 4 + [7] * 8 + [6] * 7 + [5] * 8 + [4] * 4

@@ -6,8 +6,6 @@ in a process of its own; it prints JSON, which they read.
 
 import functools
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -44,13 +42,6 @@ def step(model, params, state, images, labels, mask):
     return {"logits": logits, "grads": grads, **captured}
 
 
-def furthest(one, eight) -> float:
-    differences = jax.tree.map(
-        lambda a, b: float(np.abs(np.float64(a) - np.float64(b)).max()), one, eight
-    )
-    return max(jax.tree.leaves(differences), default=0.0)
-
-
 def compare(attention: str, options: dict) -> dict[str, dict]:
     """How far eight devices are from one, by batch and by what is compared."""
     model = helpers.tiny_vit(attention, window=1, depth=1, **options)
@@ -78,9 +69,13 @@ def compare(attention: str, options: dict) -> dict[str, dict]:
         results[name] = {
             "devices": [len(x["logits"].sharding.device_set) for x in outputs],
             "differences": {
-                "logits": furthest(one["logits"][:count], eight["logits"][:count]),
-                "grads": furthest(one["grads"], eight["grads"]),
-                "norm_stats": furthest(one.get("norm_stats"), eight.get("norm_stats")),
+                "logits": helpers.relative_difference(
+                    one["logits"][:count], eight["logits"][:count]
+                ),
+                "grads": helpers.relative_difference(one["grads"], eight["grads"]),
+                "norm_stats": helpers.relative_difference(
+                    one.get("norm_stats"), eight.get("norm_stats")
+                ),
             },
             "largest gradient": max(float(np.abs(g).max()) for g in jax.tree.leaves(one["grads"])),
             "norm_stats": "norm_stats" in one,
@@ -96,13 +91,8 @@ def compare(attention: str, options: dict) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def results():
-    root = pathlib.Path(__file__).parents[1]
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
     command = [sys.executable, "-W", "error::DeprecationWarning:__main__", __file__]
+    environment = helpers.child_environment(DEVICES)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import helpers
 import numpy as np
 import pytest
 from PIL import Image
@@ -49,15 +50,11 @@ def config_file(tmp_path_factory):
 
 def start(config_file, workdir, *flags, arg="", devices=1, before=()):
     """`kdgqa train` in a process of its own."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
     name = f"{config_file}:{arg}" if arg else f"{config_file}"
     command = [sys.executable, "-m", "kdgqa_jax.cli", "train", "--config", name]
     return subprocess.Popen(
         [*before, *command, "--workdir", str(workdir), *flags],
-        env=environment,
+        env=helpers.child_environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -314,12 +311,12 @@ def test_two_processes_compute_what_one_does(config_file, tmp_path):
     _, one, _ = checkpoint.load_model(tmp_path / "one" / "model")
     for name in meshes:
         _, two, _ = checkpoint.load_model(tmp_path / name / "model")
-        train.jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
+        helpers.assert_close(one, two, 1e-5)
         pairs = list(zip(records(tmp_path / "one"), records(tmp_path / name), strict=True))
         assert all(a["allocation"] == b["allocation"] for a, b in pairs)
         assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in pairs)
         norms = [(a["key_norm"], b["key_norm"]) for a, b in pairs if "key_norm" in a]
-        np.testing.assert_allclose(*zip(*norms, strict=True), rtol=1e-5)  # of the global batch
+        helpers.assert_close(*map(np.array, zip(*norms, strict=True)), 1e-5)  # of the global batch
     # Another number of devices and another mesh restore it.
     shutil.rmtree(tmp_path / "fsdp" / "model")
     before = json.loads((tmp_path / "fsdp" / "result.json").read_text())

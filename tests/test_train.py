@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_start_from_another_model(whole_run, tmp_path):
     started = train.train_and_evaluate(settings, tmp_path)
     assert started["steps"] == 1
     before, after = (checkpoint.load_model(d / "model")[1]["params"] for d in (workdir, tmp_path))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), before, after)
+    helpers.assert_close(before, after, 1e-9)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

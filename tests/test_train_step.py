@@ -5,8 +5,6 @@ a process of its own; it prints JSON, which the test reads.
 """
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 import types
@@ -67,19 +65,16 @@ def run(settings, steps=3, mesh=None, batches=None):
     return jax.device_get(state), seen
 
 
-def furthest(a, b):
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return max((float(np.abs(np.float64(x) - np.float64(y)).max()) for x, y in pairs), default=0.0)
-
-
 def differences(one, other):
-    """How far two runs are from each other."""
+    """How far two runs are from each other, relative to the size of what they are compared in."""
     (state, seen), (other_state, other_seen) = one, other
     return {
-        "params": furthest(state.params, other_state.params),
-        "norm_stats": furthest(state.norm_stats, other_state.norm_stats),
+        "params": helpers.relative_difference(state.params, other_state.params),
+        "norm_stats": helpers.relative_difference(state.norm_stats, other_state.norm_stats),
         **{
-            name: furthest([m[name] for m in seen], [m[name] for m in other_seen])
+            name: helpers.relative_difference(
+                [m[name] for m in seen], [m[name] for m in other_seen]
+            )
             for name in ("loss", "allocation")
         },
     }
@@ -105,7 +100,7 @@ def test_four_parts_of_a_batch_equal_the_whole(attention, changes):
     found = differences(whole, parts)
     assert all(value <= 1e-5 for value in found.values()), found
     for a, b in zip(whole[1], parts[1], strict=True):
-        np.testing.assert_allclose(a["key_norm"], b["key_norm"], rtol=1e-5)
+        helpers.assert_close(a["key_norm"], b["key_norm"], 1e-5)
         assert a["top1"] == pytest.approx(b["top1"]) and a["top5"] == pytest.approx(b["top5"])
     if attention in ("kdgqa", "dgqa_diff") and not changes:  # or the test would show nothing
         assert np.ptp(whole[1][0]["allocation"]) > 0
@@ -137,7 +132,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(poison):
         jax.tree.map(np.testing.assert_array_equal, getattr(at_once, name), getattr(before, name))
     assert [int(m["skipped_updates"]) for m in seen] == [0, 0, 1, 1]
     assert int(state.first_skipped) == 3
-    assert furthest(state.params, before.params) > 0  # it went on
+    assert helpers.relative_difference(state.params, before.params) > 0  # it went on
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
@@ -158,7 +153,7 @@ def test_average_of_weights():
     for step, state in enumerate(states[1:]):
         decay = min(0.15, (1 + step) / (10 + step))
         average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, average, state.params)
-    assert furthest(states[-1].ema, average) < 1e-6
+    assert helpers.relative_difference(states[-1].ema, average) < 1e-6
     assert states[-1].variables["params"] is states[-1].ema
 
 
@@ -215,15 +210,8 @@ def compare_meshes() -> dict[str, dict]:
 @pytest.mark.slow
 def test_tensor_parallel_and_fsdp_equal_data_parallel():
     """Every variant, with as many key/value heads as devices along the model axis, or fewer."""
-    root = pathlib.Path(__file__).parents[1]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8"
-        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
     done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True
+        [sys.executable, __file__], env=helpers.child_environment(8), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
