@@ -45,7 +45,7 @@ def run(settings, images, labels, seed=0, **options):
 def test_nothing_asked_for_nothing_done():
     images, labels = batch()
     out, targets = run(config(), images, labels)
-    helpers.assert_close(out, images, 1e-3)
+    helpers.assert_close(out, images, 1e-5)
     np.testing.assert_array_equal(targets, labels)
     half, _ = step(config(), mean=0.5, std=0.25)(images, labels, 0)
     helpers.assert_close(half, (images / 255.0 - 0.5) / 0.25, 1e-5)
@@ -55,7 +55,7 @@ def test_resize_comes_last():
     images, labels = batch()
     large, _ = run(config(), images, labels, image_shape=(24, 18))
     expected = jax.image.resize(images.astype(np.float32), (B, 24, 18, 3), "bilinear")
-    helpers.assert_close(large, expected, 1e-2)
+    helpers.assert_close(large, expected, 1e-5)
 
 
 def test_flip_turns_about_half_of_the_images():
@@ -114,7 +114,7 @@ def test_erasing_zeroes_one_box_of_the_right_size():
                 rows, columns = np.flatnonzero(gone[i].any(1)), np.flatnonzero(gone[i].any(0))
                 assert gone[i].sum() == len(rows) * len(columns)  # a box without gaps
                 assert gone[i].mean() < 0.45
-            helpers.assert_close(out[i][~gone[i]], images[i][~gone[i]], 1e-2)
+            helpers.assert_close(out[i][~gone[i]], images[i][~gone[i]], 1e-5)
         # A box narrower than a pixel may hold the centre of none.
         assert count >= 0.85 * B if erased else 16 < count < 48
 
@@ -135,8 +135,8 @@ def test_mixup_mixes_images_and_labels_alike():
         # The ratio from the pixels; labels have to have the same.
         difference = images.astype(np.float64) - images[::-1]
         kept = np.sum((out - images[::-1]) * difference) / np.sum(difference**2)
-        helpers.assert_close(out, kept * images + (1 - kept) * images[::-1], 0.01)
-        helpers.assert_close(targets, kept * one_hot + (1 - kept) * one_hot[::-1], 1e-4)
+        helpers.assert_close(out, kept * images + (1 - kept) * images[::-1], 1e-5)
+        helpers.assert_close(targets, kept * one_hot + (1 - kept) * one_hot[::-1], 1e-5)
         ratios.append(kept)
     assert np.ptp(ratios) > 0.3 and min(ratios) >= 0 and max(ratios) <= 1
 

@@ -211,7 +211,7 @@ def test_long_images_take_no_more_memory(tmp_path, size):
     how = images.Preprocessing(interpolation="bicubic", resize="shorter_side")
     pixels = images.read(tmp_path / "x.png", (224, 224), 3, how)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
-    helpers.assert_close(pixels, 127.5, 1)
+    helpers.assert_close(pixels, 127.5, 0.01)
 
 
 # --- Finding ------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_folder_to_table_csv_and_json(make_model, tmp_path, capsys):
     _, found, _ = predict.predict_files(gqa[0], [n for n in names if n.endswith(
         ("rgb.png", "grey.png", "alpha.png"))])  # fmt: skip
     expected = gqa[1].apply(gqa[2], (np.stack(pixels) / np.float32(255) - 0.4) / np.float32(0.2))
-    helpers.assert_close(found.logits, expected, 1e-4)
+    helpers.assert_close(found.logits, expected, 1e-5)
 
 
 def test_a_model_without_a_head_gives_features(make_model, tmp_path, capsys):
