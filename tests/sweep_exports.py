@@ -231,6 +231,7 @@ def sweep(cases: list[Case], folder: pathlib.Path) -> tuple[collections.Counter,
         wrong += check(case, folder, counts)
         if done % 100 == 0:
             print(f"{done} of {len(cases)} models, {len(wrong)} wrong", file=sys.stderr)
+            jax.clear_caches()  # every program of every model, else
     counts["wrong"] = len(wrong)
     return counts, wrong
 
