@@ -154,6 +154,18 @@ def test_half_precision_is_written_as_it_is_for_torch(tmp_path):
     assert dtypes(convert.to_pytorch(model, variables)) == {"float32"}
 
 
+def test_double_precision_is_refused(tmp_path):
+    """Files are read as float32."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        path = model_directory(tmp_path / "model", "gqa", num_kv_heads=3, param_dtype="float64")
+        for to in ("safetensors", "released"):
+            with pytest.raises(UserError, match="cannot say param_dtype='float64'"):
+                convert.export(path, tmp_path / "gqa", to)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
 def test_the_layout_of_timm_is_for_what_timm_computes():
     for attention in ("kdgqa", "dgqa_ema"):
         model = helpers.tiny_vit(attention, num_kv_heads=6)

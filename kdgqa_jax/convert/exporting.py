@@ -106,10 +106,10 @@ def export(directory: str | os.PathLike, path: str | os.PathLike, to: str = "saf
     arrays, metadata, write = writers[to](model, variables, description)
     lost = _lost(Source(path, arrays, {}, {}, metadata), model, variables)
     if lost:
-        raise UserError(
-            f"{path}: a file of the released code cannot say {', '.join(lost)}; --to safetensors"
-            " keeps everything"
-        )
+        kind, remedy = "safetensors file", "keep the model directory"
+        if to == "released":
+            kind, remedy = "file of the released code", "--to safetensors keeps everything"
+        raise UserError(f"{path}: a {kind} cannot say {', '.join(lost)}; {remedy}")
     with workdir.written_file(path) as temporary:
         write(temporary)
 
@@ -144,8 +144,10 @@ def _released(
         ) from None
     arrays = _arrays(model, variables, "released")
 
-    def tensor(x: np.ndarray) -> torch.Tensor:  # torch does not know NumPy's bfloat16
-        return torch.tensor(x.astype(np.float32)).to(getattr(torch, x.dtype.name))
+    def tensor(x: np.ndarray) -> torch.Tensor:
+        if x.dtype.name == "bfloat16":  # which torch does not take from NumPy
+            return torch.tensor(x.astype(np.float32)).to(torch.bfloat16)
+        return torch.tensor(x)
 
     def write(path: pathlib.Path) -> None:
         torch.save({name: tensor(x) for name, x in arrays.items()}, path)
@@ -155,6 +157,8 @@ def _released(
 
 def _lost(source: Source, model: vit.VisionTransformer, variables: dict[str, Any]) -> list[str]:
     """What of a model would be another one, unnoticed, when `source` is read: in words."""
+    if any(x.dtype.itemsize > 4 for x in source.arrays.values()):  # files are read as float32
+        return [f"param_dtype={model.param_dtype!r}"]
     source.arrays = {name: np.asarray(x, np.float32) for name, x in source.arrays.items()}
     try:
         found = _read_again(source, model.attention["num_heads"])
