@@ -184,7 +184,7 @@ def test_workers_end_when_the_run_is_killed(tmp_path):
         "    print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
         "    time.sleep(600)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(script)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
         workers = [int(pid) for pid in run.stdout.readline().split()]
