@@ -129,9 +129,9 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 
-AT_ONCE = {"S": 1024, "B": 512, "L": 256}
-"""Images of a batch that are worked off at once, by size of the model: larger batches are
-accumulated, so that one device can bear them. Estimated, not measured, for one of 80 GB."""
+MICROBATCH = {"S": 1024, "B": 512, "L": 256}
+"""Images that a device processes at once, by size of the model: where a batch gives it more, they
+are accumulated. Estimated, not measured, for devices of 80 GB; --config.microbatch for others."""
 
 
 def set_model(config: ConfigDict, **fields: Any) -> None:
@@ -173,5 +173,5 @@ def make_config(job: str, arg: str, *, recipe: str, dataset: str = "imagenet2012
     config.update_from_flattened_dict(fields)
     config.optim.warmup_steps = round(warmup_epochs * data.images / config.batch_size)
     config.data.augment.flip = recipe.flip and data.flip
-    config.accumulate = max(config.batch_size // AT_ONCE.get(size, config.batch_size), 1)
+    config.microbatch = MICROBATCH.get(size, 0)
     return config

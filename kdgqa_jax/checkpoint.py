@@ -20,7 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from kdgqa_jax import processes, vit, workdir
+from kdgqa_jax import paths, processes, vit, workdir
 from kdgqa_jax.console import say
 from kdgqa_jax.errors import UserError, one_line
 
@@ -294,7 +294,7 @@ def save_model(
 
 def check_replaceable(path: str | os.PathLike) -> None:
     """Raise UserError if something other than a model directory is there."""
-    path = pathlib.Path(path).absolute()
+    path = paths.local(path).absolute()
     ours = {"model.json", WEIGHTS}
     if os.path.lexists(path) and not (path.is_dir() and set(os.listdir(path)) <= ours):
         raise UserError(
@@ -304,7 +304,7 @@ def check_replaceable(path: str | os.PathLike) -> None:
 
 def check_model(path: str | os.PathLike) -> None:
     """Raise UserError unless a model directory is there; its files are not read."""
-    path = pathlib.Path(path).absolute()
+    path = paths.local(path).absolute()
     if not (path / "model.json").is_file() or not (path / WEIGHTS).is_file():
         raise UserError(f"{path} is not a model directory: it lacks model.json or {WEIGHTS}")
 

@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        if isinstance(error, OSError) and (reason := _standard_output_fails()):
+        if isinstance(error, OSError) and not error.filename and (reason := _output_fails()):
             gone = isinstance(error, BrokenPipeError)  # by whoever wanted no more: `| head`
             if not gone or command.resumes:
                 hint = f"; {RESUMES}" if command.resumes else ""
@@ -159,7 +159,7 @@ def _part(arguments: argparse.Namespace, status: int) -> int:
 
 def _fail(arguments: argparse.Namespace, error: Exception) -> int:
     """Say what went wrong; the exit status."""
-    joined = getattr(arguments, "multihost", False)
+    joined = getattr(arguments, "multihost", False) and processes.joined()
     if isinstance(error, UserError):
         text = str(error)
     elif joined:
@@ -195,10 +195,10 @@ def _open_standard_streams() -> None:
             setattr(sys, name, stream)
 
 
-def _standard_output_fails() -> str:
-    """Why standard output cannot be written; "" where it can. Then it is the null device."""
+def _output_fails() -> str:
+    """Why standard output cannot be written, and makes it the null device; "" where it can be."""
     try:
-        sys.stdout.flush()
+        print(flush=True)  # where it has no buffer, what has failed before is forgotten
     except OSError as error:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())  # what is left in the buffer goes there at the end

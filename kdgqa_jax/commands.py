@@ -111,13 +111,13 @@ def run_convert(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in flags.CONVERT_OPTIONS}
     options["calibration"] = _calibration(arguments)
     converted = convert.load(arguments.source, **options)
+    converted.save(arguments.out)
     report = converted.report
     table(report.HEADER, report.rows())
     for note in report.notes:
         say(note)
     for warning in report.warnings:
         print(f"kdgqa convert: warning: {printable(warning)}", file=sys.stderr)
-    converted.save(arguments.out)
     say(f"model directory: {arguments.out}")
 
 
@@ -180,22 +180,25 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         compare_names=not arguments.ignore_class_names,
     )
     by_class = result.pop("per_class", None)
+    rows = []
+    if by_class:
+        rows = list(zip(class_names, by_class["count"], by_class["top1"], strict=True))
+        result["per_class"] = [{"class": n, "count": c, "top1": top1} for n, c, top1 in rows]
+    if arguments.out:
+        about = ("checkpoint", "dataset", "split", "shift")
+        about = {name: getattr(arguments, name) for name in about}
+        workdir.write_json(pathlib.Path(arguments.out), logs.valid_json({**about, **result}))
     say(
         f"{arguments.dataset} {arguments.split}: top-1 {result['top1']:.2f} %, top-5"
         f" {result['top5']:.2f} %, loss {result['loss']:.4f}, expected calibration error"
         f" {result['calibration_error']:.2f} %, {result['count']:,} images"
     )
-    if by_class:
-        rows = list(zip(class_names, by_class["count"], by_class["top1"], strict=True))
-        result["per_class"] = [{"class": n, "count": c, "top1": top1} for n, c, top1 in rows]
+    if rows:
         shown = [[n, f"{c:,}", "" if top1 is None else f"{top1:.2f}"] for n, c, top1 in rows]
         table(("class", "images", "top-1 %"), shown, numbers=True)
     for line in predict.describe_allocation([result["allocation"]]):
         say(line)
     if arguments.out:
-        about = ("checkpoint", "dataset", "split", "shift")
-        about = {name: getattr(arguments, name) for name in about}
-        workdir.write_json(pathlib.Path(arguments.out), logs.valid_json({**about, **result}))
         say(f"written: {arguments.out}")
 
 

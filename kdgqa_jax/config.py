@@ -7,6 +7,7 @@ Configs live in configs/NAME.py as `get_config(arg)`; structure goes into the ar
 import dataclasses
 import importlib
 import importlib.util
+import math
 import pathlib
 import pkgutil
 from typing import Any
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict, config_dict
 from kdgqa_jax import vit
 from kdgqa_jax.attention import GroupedQueryAttention
 from kdgqa_jax.data import augment
-from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.errors import LARGEST, SEEDS, UserError, one_line, unknown
 
 
 def _model_config() -> ConfigDict:
@@ -84,7 +85,10 @@ def train_config() -> ConfigDict:
                 "freeze": (),  # patterns of parameter names: optim.trainable
             },
             "batch_size": 32,  # images per update, over all devices
-            "accumulate": 1,  # parts in which a batch is worked off, for less memory
+            # For less memory, a batch is processed in `accumulate` parts, or in more of them, so
+            # that no device has more than `microbatch` images at once; 0: no limit.
+            "accumulate": 1,
+            "microbatch": 0,
             "epochs": 5.0,
             "ema_decay": 0.0,  # of the moving average of weights that is evaluated; 0: none
             "on_nonfinite": "stop",  # or "skip": leave the update out and count it
@@ -134,21 +138,39 @@ def config_names() -> list[str]:
 
 
 def load_config(name: str) -> ConfigDict:
-    """The config `NAME[:arg]`, where NAME is one of `config_names()` or a path to a .py file."""
+    """The config `NAME[:arg]`, where NAME is one of `config_names()` or a path to a .py file.
+
+    Raises UserError: no such config or argument, or a file that gives none.
+    """
     name, _, arg = name.partition(":")
     if name.endswith(".py"):
-        if not pathlib.Path(name).is_file():
-            raise UserError(f"config file {name} not found")
-        spec = importlib.util.spec_from_file_location("user_config", name)
-        module = importlib.util.module_from_spec(spec)
+        return _load_file(name, arg)
+    if name not in config_names():
+        raise unknown("config", name, config_names())
+    return importlib.import_module(f"kdgqa_jax.configs.{name}").get_config(arg)
+
+
+def _load_file(name: str, arg: str) -> ConfigDict:
+    if not pathlib.Path(name).is_file():
+        raise UserError(f"config file {name} not found")
+    spec = importlib.util.spec_from_file_location("user_config", name)
+    module = importlib.util.module_from_spec(spec)
+    try:
         spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
+        if not callable(getattr(module, "get_config", None)):
             raise UserError(f"config file {name} has no function get_config(arg)")
-    else:
-        if name not in config_names():
-            raise unknown("config", name, config_names())
-        module = importlib.import_module(f"kdgqa_jax.configs.{name}")
-    return module.get_config(arg)
+        config = module.get_config(arg)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the code of the file raises
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"config file {name} does not work ({reason})") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"get_config of the config file {name} returns {one_line(repr(config), 80)}; expected"
+            " what train_config() or study_config() of kdgqa_jax.config gives, with its changes"
+        )
+    return config
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
@@ -216,29 +238,44 @@ def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
 
 
 def check_fields(config: ConfigDict, schema: ConfigDict, prefix: str = "") -> None:
-    """Raise UserError for a field that is not in the schema, is missing or of another type."""
+    """Raise UserError for a field that does not fit the schema.
+
+    One that it does not have, that is missing, of another type, or a number that is not finite or
+    beyond all use. None is for fields that have it for a default, and for `init`, to be given.
+    """
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config section {prefix.rstrip('.')}={config!r} must have fields")
     for key in config:
         if key not in schema:
             raise unknown("config field", prefix + key, [prefix + known for known in schema])
     for key, default in schema.items():
+        name = prefix + key
         if key not in config:
-            raise UserError(f"config field {prefix + key} is missing (default {default!r})")
+            raise UserError(f"config field {name} is missing (default {default!r})")
         value = config[key]
         if isinstance(default, ConfigDict):
-            check_fields(value, default, f"{prefix}{key}.")
-        elif default is not None and value is not None:
+            check_fields(value, default, f"{name}.")
+        elif value is None and (default is None or key == "init"):
+            continue
+        else:
             several = key in ONE_OR_SEVERAL and isinstance(value, tuple | list) and value
-            if not all(_fits(x, default) for x in (value if several else [value])):
-                raise UserError(
-                    f"config field {prefix + key}={value!r} must be a {type(default).__name__}"
-                )
+            for x in value if several else [value]:
+                _check_value(name, x, schema.get_type(key))
 
 
-def _fits(value: Any, default: Any) -> bool:
-    if isinstance(default, tuple):
-        return isinstance(value, tuple | list)
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    if isinstance(default, float):
-        return isinstance(value, float | int)
-    return isinstance(value, type(default))
+_KINDS: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (tuple, list)}
+"""What a field takes besides values of its own type."""
+
+
+def _check_value(name: str, value: Any, kind: type) -> None:
+    shown = f"config field {name}={one_line(repr(value), 80)}"
+    if kind is type(None):
+        return
+    flag = isinstance(value, bool)
+    if flag != (kind is bool) or not isinstance(value, _KINDS.get(kind, kind)):
+        raise UserError(f"{shown} must be a {kind.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{shown} must be a finite number")
+    largest = SEEDS[-1] if name.endswith("seed") else LARGEST
+    if isinstance(value, int) and abs(value) > largest:
+        raise UserError(f"{shown} is too large: at most {largest}")

@@ -174,6 +174,18 @@ def _scalars(record: Record) -> Record:
 # --- TensorBoard --------------------------------------------------------------------------------
 
 
+def check_packages(tensorboard: bool = False, wandb: str = "") -> None:
+    """Raise UserError if a package that is asked for is not installed."""
+    if tensorboard:
+        _optional(*_TENSORBOARD)
+    if wandb:
+        _optional(*_WANDB)
+
+
+_TENSORBOARD = ("tensorboardX.event_file_writer", "TensorBoard", "tensorboardX")
+_WANDB = ("wandb", "Weights & Biases", "wandb")
+
+
 def _optional(module: str, wanted: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
@@ -192,7 +204,7 @@ class _TensorBoard:
     """
 
     def __init__(self, folder: pathlib.Path, step: int):
-        writer = _optional("tensorboardX.event_file_writer", "TensorBoard", "tensorboardX")
+        writer = _optional(*_TENSORBOARD)
         self._proto = importlib.import_module("tensorboardX.proto.event_pb2")
         self._summary = importlib.import_module("tensorboardX.proto.summary_pb2").Summary
         self._place = folder / "tensorboard"
@@ -231,7 +243,7 @@ class _WeightsAndBiases:
     """
 
     def __init__(self, folder: pathlib.Path, project: str, config: dict[str, Any] | None):
-        wandb = _optional("wandb", "Weights & Biases", "wandb")
+        wandb = _optional(*_WANDB)
         id_file = folder / "wandb_run_id"
         if not id_file.exists():
             with workdir.written_file(id_file) as temporary:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdgqa_jax import checkpoint, layers, vit, workdir
+from kdgqa_jax import checkpoint, layers, paths, vit, workdir
 from kdgqa_jax.data import images as image_files
 from kdgqa_jax.errors import UserError, one_line
 
@@ -197,8 +197,8 @@ def write(
 
     Raises UserError: another kind of file, or it cannot be written.
     """
-    path = pathlib.Path(path)
     check_output(path)
+    path = pathlib.Path(path)
     with workdir.written_file(path) as temporary:
         content = _WRITERS[path.suffix](names, predictions.logits, class_names, top)
         temporary.write_bytes(content)
@@ -206,7 +206,7 @@ def write(
 
 def check_output(path: str | os.PathLike) -> None:
     """Raise UserError for a kind of file that `write` does not know."""
-    suffix = pathlib.Path(path).suffix
+    suffix = paths.local(path).suffix
     if suffix not in _WRITERS:
         raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(_WRITERS)}")
 

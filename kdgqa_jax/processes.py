@@ -19,6 +19,11 @@ LOOK_EVERY = 10.0  # seconds between looks at the other processes
 GONE = "start all of them again: the run goes on from its newest checkpoint"
 
 
+def joined() -> bool:
+    """This is one process of a job, or was about to become one."""
+    return jax.distributed.is_initialized()
+
+
 def join_processes(coordinator: str | None, count: int | None, index: int | None) -> int:
     """Become one process of a job, and return which; to be called before JAX is used otherwise.
 

@@ -100,6 +100,25 @@ def next_batch_size(batch_size: int, mesh: Mesh) -> int:
     return -(-batch_size // count) * count
 
 
+def microbatches(batch_size: int, mesh: Mesh, at_least: int = 1, largest: int = 0) -> int:
+    """In how many parts a batch is processed, one after the other, each split over all devices.
+
+    Args:
+      batch_size: images of the batch.
+      mesh: the devices.
+      at_least: how many parts there are at least.
+      largest: images of a part that one device can bear; 0: any number.
+
+    Raises:
+      UserError: a batch that cannot be split over the devices, or into `at_least` parts.
+    """
+    check_batch_size("batch_size", batch_size, mesh, at_least)
+    per_device = batch_size // batch_devices(mesh)
+    largest = largest or per_device
+    parts = range(at_least, per_device + 1)
+    return next(n for n in parts if per_device % n == 0 and per_device // n <= largest)
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's part of a global batch -> global arrays, split over the devices."""
     sharding = batch_sharded(mesh)

@@ -86,12 +86,7 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
     if not config.init:
         model = {**config.model.to_dict(), "num_classes": num_classes}
         return Start(model, preprocessing)
-    defaults = config_lib.train_config()
-    asked = {
-        name: value
-        for name, value in config.model.items()
-        if value != defaults.model[name] and name not in OF_THE_RUN
-    }
+    defaults, asked = config_lib.train_config(), _asked(config)
     found = convert.load(
         config.init,
         num_classes=num_classes,
@@ -145,6 +140,24 @@ def _plain(statistic: Any) -> Any:
         same = len(set(statistic)) == 1
         return float(statistic[0]) if same else tuple(statistic)
     return statistic
+
+
+def _asked(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The fields of `config.model` that were set, and that a model to start from has too."""
+    defaults = config_lib.train_config().model
+    return {
+        name: value
+        for name, value in config.model.items()
+        if value != defaults[name] and name not in OF_THE_RUN
+    }
+
+
+def check_start(config: ml_collections.ConfigDict, init: str, model: dict[str, Any]) -> None:
+    """Raise UserError unless `config` can start from a model with these arguments of `vit.create`.
+
+    `init` is what errors call that model, which need not be there yet.
+    """
+    _check_architecture(init, model, vit.create(**model), _asked(config))
 
 
 def _check_architecture(

@@ -11,7 +11,7 @@ it on the shifted data, evaluate.
     WORKDIR/seed42/kdgqa@svd/finetuned/
     WORKDIR/report/                         results.json, results.md and plots
 
-Every finished stage leaves record.json; a study that was stopped goes on from what is there.
+Every finished stage leaves record.json; a study that was stopped resumes from what is there.
 """
 
 import os
@@ -25,7 +25,19 @@ import jax
 import ml_collections
 import numpy as np
 
-from kdgqa_jax import checkpoint, convert, layers, logs, report, sharding, starting, train, vit
+from kdgqa_jax import (
+    checkpoint,
+    convert,
+    layers,
+    logs,
+    optim,
+    paths,
+    report,
+    sharding,
+    starting,
+    train,
+    vit,
+)
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.console import say
@@ -39,6 +51,20 @@ Config = ml_collections.ConfigDict
 Record = dict[str, Any]
 
 
+MAY_GROW = ("variants", "seeds")
+"""Fields that may change when a study resumes: every seed and entry has a folder of its own."""
+
+_STAGES = {
+    "pretrain": ("seed*/pretrained", ("pretrain",)),
+    "uptrain": (
+        "seed*/*/converted",
+        ("uptrain", "uptrain_steps", "num_kv_heads", "pooling", "calibration_images"),
+    ),
+    "finetune": ("seed*/*/finetuned", ("finetune",)),
+}
+"""Sections of a study: their folders, and the fields that are settled once there is one."""
+
+
 def run_study(config: Config, workdir: str | os.PathLike) -> list[Record]:
     """Run the protocol, write `workdir/report/` and return the records of results.json.
 
@@ -47,41 +73,105 @@ def run_study(config: Config, workdir: str | os.PathLike) -> list[Record]:
       workdir: of the study; one that holds a part of it is completed.
 
     Raises:
-      UserError: a bad config, data or workdir.
+      UserError: a bad config of any stage, data or workdir; all that can be known before the first
+        stage begins is checked then.
     """
-    _check(config)
-    workdir = workdir_lib.claim(workdir, config.to_dict())
-    identity.check(workdir, _data(config))
-    records = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        records += _run_seed(config, workdir, seed)
-    report.write(records, _histories(config, workdir), workdir / "report")
+    datasets = _check(config)
+    data = {f"{stage} data": identity.describe(d) for stage, d in datasets.items()}
+    begun = _begun(workdir)
+    with workdir_lib.held(workdir, config.to_dict(), _may_change(begun)) as workdir:
+        identity.check(workdir, data, renew=[f"{stage} data" for stage in {*_STAGES} - begun])
+        records = []
+        for seed in range(config.seed, config.seed + config.seeds):
+            records += _run_seed(config, workdir, seed)
+        report.write(records, _histories(config, workdir), workdir / "report")
     return records
 
 
-def _check(config: Config) -> None:
-    """Raise UserError for what would otherwise be found out hours later."""
-    config_lib.check_fields(config, config_lib.study_config())
-    if config.seeds < 1 or not config.variants:
-        raise UserError(f"seeds={config.seeds} and variants={config.variants} must not be empty")
-    for seed in (config.seed, config.seed + config.seeds - 1):
+def _begun(workdir: str | os.PathLike) -> set[str]:
+    """The stages of which there is a folder."""
+    place = paths.local(workdir, "workdir")
+    return {stage for stage, (folders, _) in _STAGES.items() if any(place.glob(folders))}
+
+
+def _may_change(begun: set[str]) -> list[str]:
+    """Fields that may differ from those of before: of stages that have not begun, any."""
+    free = [f"{stage}.{field}" for stage in _STAGES for field in train.MAY_CHANGE]
+    for stage, (_, fields) in _STAGES.items():
+        free += () if stage in begun else fields
+    return [*MAY_GROW, *free]
+
+
+# --- Checks before the first stage --------------------------------------------------------------
+
+_KEPT = ("name", "image_size", "scan_layers", "param_dtype", *starting.ARCHITECTURE)
+"""Fields of the pretrained model that conversion and uptraining leave as they are."""
+
+
+def _check(study: Config) -> dict[str, sources.Dataset]:
+    """The data of each stage. Raises UserError for what would be found out hours later."""
+    if "variants" not in study:
+        raise UserError("this config is one of a single run: kdgqa train --config ...")
+    config_lib.check_fields(study, config_lib.study_config())
+    if study.seeds < 1 or not study.variants:
+        raise UserError(f"seeds={study.seeds} and variants={study.variants} must not be empty")
+    for seed in (study.seed, study.seed + study.seeds - 1):
         check_seed(seed)
-    if config.calibration_images < 1:
-        raise UserError(f"calibration_images={config.calibration_images} must be at least 1")
-    entries = parse_entries(config.variants, config.pooling)
-    _uptrain_stages(config, images=1)
-    for stage in (config.pretrain, config.uptrain, config.finetune):
-        for variant in ("mha", *(entry.variant for entry in entries)):
-            starting.build_model(_stage_config(config, stage, variant, config.seed), num_classes=2)
+    if study.calibration_images < 1:
+        raise UserError(f"calibration_images={study.calibration_images} must be at least 1")
+    entries = parse_entries(study.variants, study.pooling)
+    variants = dict.fromkeys(("mha", *(entry.variant for entry in entries)))
+    datasets = {}
+    for name in _STAGES:
+        if name != "finetune" or study.finetune.epochs:
+            try:
+                datasets[name] = _check_stage(study, name, tuple(variants))
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+    kinds = [
+        f"{len(datasets[name].class_names)} classes of images with"
+        f" {datasets[name].image_shape[-1]} channels"
+        for name in ("pretrain", "uptrain")
+    ]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"pretrain.data has {kinds[0]}, uptrain.data has {kinds[1]}; uptraining continues with"
+            " the model of pretraining, so give it data of the same kind"
+        )
+    different = [f for f in _KEPT if study.pretrain.model[f] != study.uptrain.model[f]]
+    if different:
+        raise UserError(
+            f"pretrain.model and uptrain.model differ in {', '.join(different)}; uptraining"
+            " continues with the pretrained model, so set them alike"
+        )
+    if study.finetune.epochs:
+        uptrained = {**study.uptrain.model.to_dict(), "attention": "mha", "num_kv_heads": None}
+        finetune = _stage_config(study, study.finetune, "mha", study.seed)
+        starting.check_start(finetune, "uptrain.model", uptrained)
+    return datasets
 
 
-def _data(config: Config) -> dict[str, identity.Description]:
-    """What tells the data of each stage from others."""
-    stages = {name: config[name].data for name in ("pretrain", "uptrain", "finetune")}
-    return {
-        f"{name} data": identity.describe(sources.load(data.name, data.data_dir, data.shift))
-        for name, data in stages.items()
-    }
+def _check_stage(study: Config, name: str, variants: tuple[str, ...]) -> sources.Dataset:
+    """The data of a stage. Raises UserError for one that cannot be run."""
+    stage = _stage_config(study, study[name], "mha", study.seed)
+    stage.epochs = stage.epochs or 1.0  # 0 leaves it out; the data of uptraining are used even so
+    train.check(stage)
+    data = stage.data
+    dataset = sources.load(data.name, data.data_dir, data.shift)
+    num_classes, channels = len(dataset.class_names), dataset.image_shape[-1]
+    lengths = _uptrain_stages(study, len(dataset.train)) if name == "uptrain" else []
+    for epochs in (stage.epochs, *(epochs for _, epochs in lengths)):
+        stage.epochs = epochs
+        train.count_steps(stage, len(dataset.train))
+    for variant in variants:
+        model = starting.build_model(_stage_config(study, stage, variant, study.seed), num_classes)
+    prepared = pipeline.prepare(dataset, model.image_shape, data)
+    if data.on_device:
+        pipeline.check_on_device(prepared.train)
+    if stage.optim.freeze:
+        shapes = jax.eval_shape(lambda: vit.init_variables(model, jax.random.key(0), channels))
+        optim.trainable(stage.optim, shapes["params"])
+    return dataset
 
 
 def _uptrain_stages(study: Config, images: int) -> list[tuple[str, float]]:
@@ -202,7 +292,7 @@ def _convert(study: Config, entry: Entry, config: Config, place: pathlib.Path) -
     started = time.monotonic()
     before, variables, description = checkpoint.load_model(config.init)
     model = starting.build_model(config, len(description["class_names"]))
-    data, mesh = config.data, sharding.make_mesh()
+    data, mesh = config.data, sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
     dataset = sources.load(data.name, data.data_dir, data.shift)
     dataset = pipeline.prepare(dataset, model.image_shape, data)
     images = None

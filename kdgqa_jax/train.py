@@ -18,9 +18,9 @@ from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.console import ProgressBar, say
 from kdgqa_jax.data import augment, identity, pipeline, sources
-from kdgqa_jax.errors import Preempted, UserError, check_seed, unknown
+from kdgqa_jax.errors import LARGEST, Preempted, UserError, check_seed, unknown
 from kdgqa_jax.evaluate import evaluate, make_eval_step
-from kdgqa_jax.logs import MetricsWriter, read_metrics
+from kdgqa_jax.logs import MetricsWriter, check_packages, read_metrics
 from kdgqa_jax.preemption import Preemption
 from kdgqa_jax.train_step import ON_NONFINITE, TrainState, init_state, make_train_step, step_config
 from kdgqa_jax.version import versions
@@ -29,6 +29,8 @@ Config = ml_collections.ConfigDict
 
 MAY_CHANGE = (
     "mesh",
+    "accumulate",
+    "microbatch",
     "data.workers",
     "data.on_device",
     "checkpoint_every",
@@ -37,7 +39,11 @@ MAY_CHANGE = (
     "logs",
     "on_nonfinite",
 )
-"""Fields that may change when a run goes on: they change nothing in what it computes."""
+"""Fields that may change when a run resumes, or in a stage of a study that does.
+
+What is computed stays the same but for rounding, the random draws inside the model where other
+parts of a batch are processed at once, and what happens to numbers that are not finite.
+"""
 
 BEST = {"": None, "top1": max, "top5": max, "loss": min}
 """Measures of the test split by which `keep_best` may choose, and what is best."""
@@ -69,8 +75,23 @@ def check(config: Config) -> jax.sharding.Mesh:
     for name, known in (("on_nonfinite", ON_NONFINITE), ("keep_best", BEST)):
         if config[name] not in known:
             raise unknown(name, config[name], [str(k) for k in known if k])
+    for name, value in (("data.workers", config.data.workers), ("microbatch", config.microbatch)):
+        if value < 0:
+            raise UserError(f"config field {name}={value} must be 0 or more")
     optim.make_schedule(config.optim, 1)
+    check_packages(**config.logs)
     return mesh
+
+
+def count_steps(config: Config, images: int) -> int:
+    """Updates of a run on so many images. Raises UserError for more than a counter can hold."""
+    steps = config.epochs * images / config.batch_size
+    if steps > LARGEST:
+        raise UserError(
+            f"config field epochs={config.epochs} makes {steps:.3g} steps of {images} images, more"
+            f" than {LARGEST}"
+        )
+    return max(round(steps), 1)
 
 
 def train_and_evaluate(
@@ -96,6 +117,13 @@ def train_and_evaluate(
       UserError: a bad config, data or workdir; loss or gradients that are not finite.
       Preempted: SIGTERM came, and the state is saved.
     """
+    with contextlib.ExitStack() as held:  # until the run ends, however it does
+        return _train_and_evaluate(config, workdir, title, held)
+
+
+def _train_and_evaluate(
+    config: Config, workdir: str | os.PathLike, title: str, held: contextlib.ExitStack
+) -> dict[str, Any]:
     # --- Config, data and model -----------------------------------------------------------------
     mesh = check(config)
     asked, config = config.to_dict(), config.copy_and_resolve_references()
@@ -103,7 +131,7 @@ def train_and_evaluate(
     dataset = sources.load(data.name, data.data_dir, data.shift)
     data_now = identity.describe(dataset)
     steps_per_epoch = len(dataset.train) / config.batch_size
-    num_steps = max(round(config.epochs * steps_per_epoch), 1)
+    num_steps = count_steps(config, len(dataset.train))
     eval_every = max(round(config.eval_every_epochs * steps_per_epoch), 1)
     channels, num_classes = dataset.image_shape[-1], len(dataset.class_names)
     start = _start(config, pathlib.Path(workdir), num_classes, channels)
@@ -130,9 +158,8 @@ def train_and_evaluate(
 
     # --- Workdir --------------------------------------------------------------------------------
     first_process = jax.process_index() == 0
-    workdir = pathlib.Path(
-        processes.on_first_process(lambda: os.fspath(workdir_lib.claim(workdir, asked, MAY_CHANGE)))
-    )
+    hold = workdir_lib.held(workdir, asked, MAY_CHANGE)
+    workdir = pathlib.Path(processes.on_first_process(lambda: os.fspath(held.enter_context(hold))))
     identity.check(workdir, {"data": data_now})
     for name in ("model", "best"):
         checkpoint.check_replaceable(workdir / name)

@@ -65,13 +65,15 @@ def init_state(variables: Tree, config: ml_collections.ConfigDict, rng: Array) -
     )
 
 
-STEP_FIELDS = ("optim", "accumulate", "ema_decay", "on_nonfinite")
+STEP_FIELDS = ("optim", "ema_decay", "on_nonfinite")
 INPUT_FIELDS = ("mean", "std", "augment")
 
 
 def step_config(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     """The part of a training config that decides about a step; hashable."""
-    fields = {name: config[name] for name in STEP_FIELDS}
+    mesh = sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
+    parts = sharding.microbatches(config.batch_size, mesh, config.accumulate, config.microbatch)
+    fields = {**{name: config[name] for name in STEP_FIELDS}, "accumulate": parts}
     data = {name: config.data[name] for name in INPUT_FIELDS}
     return ml_collections.FrozenConfigDict({**fields, "data": data})
 

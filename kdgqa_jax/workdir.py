@@ -1,14 +1,16 @@
-"""Files of a run: claiming a directory, and writing files so that they are whole or not there."""
+"""Files of a run: holding a directory, and writing files so that they are whole or not there."""
 
 import contextlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
-from typing import Any
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
-from kdgqa_jax.errors import UserError
+from kdgqa_jax import paths
+from kdgqa_jax.errors import UserError, one_line
 
 
 @contextlib.contextmanager
@@ -43,8 +45,8 @@ def _told_in_a_sentence(path: pathlib.Path):
 
 def check_new(path: str | os.PathLike) -> pathlib.Path:
     """The absolute path. Raises UserError if something is there, which would be lost."""
-    absolute = pathlib.Path(path).absolute()
-    if not os.fspath(path) or os.path.lexists(absolute):
+    absolute = paths.local(path).absolute()
+    if os.path.lexists(absolute):
         raise UserError(f"{absolute} exists already; delete it, or choose another place")
     return absolute
 
@@ -78,23 +80,65 @@ def _differences(there: Any, here: Any, name: str = "") -> list[tuple[str, Any, 
     return [] if there == here else [(name, there, here)]
 
 
-def claim(
+LOCK = ".lock"
+"""A file in every workdir: whoever runs there locks it and writes who it is."""
+
+
+@contextlib.contextmanager
+def held(
     workdir: str | os.PathLike, config: dict[str, Any], may_change: Sequence[str] = ()
-) -> pathlib.Path:
-    """Make `workdir` the directory of the run that `config` describes, or go on with that run.
+) -> Iterator[pathlib.Path]:
+    """Hold the directory of the run that `config` describes, for as long as the block lasts.
+
+    Nobody else can hold it meanwhile. The end of the process releases it, however it comes; where
+    the file system cannot lock files, nothing is held.
 
     Args:
-      workdir: the directory.
+      workdir: the directory; it is made if it is not there.
       config: nested dict of JSON values.
       may_change: dotted names of fields, or of sections, that may differ from those of before.
 
-    Returns:
+    Yields:
       The absolute path; it holds `config.json`.
 
     Raises:
-      UserError: the directory cannot be made or written, or holds the run of another config.
+      UserError: the directory cannot be made or written, holds the run of another config, or
+        another process holds it.
     """
-    path = pathlib.Path(workdir).absolute()
+    path = paths.local(workdir, "workdir").absolute()
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):  # what is wrong with the place, claim says
+            path.mkdir(parents=True, exist_ok=True)
+            _lock(stack.enter_context((path / LOCK).open("a+")), path)
+        yield claim(path, config, may_change)
+
+
+def _lock(file: TextIO, path: pathlib.Path) -> None:
+    """Lock the file. Raises UserError if another process has, OSError or ImportError."""
+    import fcntl  # which not every system has
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = one_line(file.read()) or "another process"
+        raise UserError(
+            f"workdir {path} is in use by {holder}; wait for its end or stop it, or choose another"
+            " --workdir"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+def claim(
+    workdir: str | os.PathLike, config: dict[str, Any], may_change: Sequence[str] = ()
+) -> pathlib.Path:
+    """Make `workdir` the directory of the run that `config` describes, or resume that run.
+
+    Arguments, result and errors are those of `held`. The record of the config becomes the new one.
+    """
+    path = paths.local(workdir, "workdir").absolute()
     config = json.loads(json.dumps(config))  # as it will be read back
     record = path / "config.json"
     try:
@@ -108,17 +152,20 @@ def claim(
         raise UserError(
             f"workdir {path} cannot be written ({reason}); choose another --workdir"
         ) from None
-    differences = [
+    differences = _differences(read_json(record), config)
+    refused = [
         f"{name}: {there!r} there, {here!r} here"
-        for name, there, here in _differences(read_json(record), config)
+        for name, there, here in differences
         if not any(f"{name}.".startswith(f"{free}.") for free in may_change)
     ]
-    if differences:
-        shown = "; ".join(differences[:4]) + ("; ..." if len(differences) > 4 else "")
+    if refused:
+        shown = "; ".join(refused[:4]) + ("; ..." if len(refused) > 4 else "")
         raise UserError(
             f"workdir {path} holds a run of another config ({shown}); choose another --workdir,"
             " or delete that one"
         )
+    if differences:
+        write_json(record, config)
     return path
 
 

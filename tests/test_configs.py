@@ -8,7 +8,7 @@ import pytest
 from helpers import DGQA, VARIANTS
 from kdgqa_jax.configs import _recipes
 
-from kdgqa_jax import bench, cli, config, layers, starting, study, train, vit
+from kdgqa_jax import bench, cli, config, layers, sharding, starting, study, train, vit
 from kdgqa_jax.data import augment, sources
 from kdgqa_jax.errors import UserError
 
@@ -41,7 +41,14 @@ def count(tree):
 
 
 @pytest.mark.parametrize("name", ["demo", "pooling:kv=2"])
-def test_every_config_of_a_study_can_be_run(name):
+def test_every_config_of_a_study_can_be_run(monkeypatch, name):
+    def empty(name, data_dir, shift):
+        """Black images of the size of a data set, whose files need not be there."""
+        row = sources.SOURCES[name]
+        split = sources.ArraySplit(np.zeros((9, *row.native_size), np.uint8), np.zeros(9, np.int32))
+        return sources.Dataset(name, row.class_names, split, split, row.native_size)
+
+    monkeypatch.setattr(sources, "load", empty)
     study._check(config.load_config(name))
 
 
@@ -130,7 +137,8 @@ def test_published_recipe_is_that_of_the_paper():
         assert (optim.learning_rate, optim.schedule, optim.warmup_steps) == (1e-5, "constant", 0)
         assert (optim.weight_decay, optim.weight_decay_exclude) == (0.01, "none")
         assert (optim.beta1, optim.beta2, optim.eps, optim.clip_norm) == (0.9, 0.999, 1e-8, 0.0)
-        assert optim.layer_decay == 1.0 and settings.ema_decay == 0.0 and settings.accumulate == 1
+        assert optim.layer_decay == 1.0 and settings.ema_decay == 0.0
+        assert settings.accumulate == 1
         assert (data.resize, data.mean, data.std) == ("squash", 0.5, 0.5)
         assert (data.augment.rand_augment_ops, data.augment.rand_augment_magnitude) == (2, 9)
         rest = ("flip", "pad_crop", "erase", "mixup", "cutmix", "label_smoothing")
@@ -146,11 +154,38 @@ def test_modern_recipe_scales_the_published_learning_rate(name):
     assert settings.optim.learning_rate == pytest.approx(1e-5 * settings.batch_size / 32)
 
 
-def test_batches_are_accumulated_where_they_are_large_for_the_model():
-    parts = {m: load(f"uptrain:model={m},recipe=modern").accumulate for m in ("S/16", "B/16")}
-    assert parts == {"S/16": 1, "B/16": 2}
-    assert load("uptrain:model=L/16,recipe=modern").accumulate == 4
-    assert load("finetune:model=L/16,recipe=modern").accumulate == 1
+@pytest.mark.parametrize(
+    ("name", "devices", "parts"),
+    [
+        ("uptrain:model=S/16", 1, 1),
+        ("uptrain:model=B/16", 1, 2),
+        ("uptrain:model=L/16", 1, 4),
+        ("uptrain:model=L/16", 2, 2),
+        ("uptrain:model=L/16", 4, 1),
+        ("uptrain:model=L/16", 256, 1),
+        ("uptrain:model=L/16", 512, 1),
+        ("uptrain:model=L/16", 1024, 1),
+        ("finetune:model=L/16", 1, 1),
+    ],
+)
+def test_parts_of_a_batch_follow_from_the_model_and_the_devices(name, devices, parts):
+    settings = load(f"{name},recipe=modern")
+    mesh = jax.sharding.AbstractMesh((devices, 1, 1), sharding.AXES)
+    given = (settings.batch_size, mesh, settings.accumulate, settings.microbatch)
+    assert sharding.microbatches(*given) == parts
+
+
+def test_parts_are_the_fewest_that_fit():
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.AXES)  # a batch is split over four
+    for per_device, at_least, largest in itertools.product((1, 6, 7, 12), (1, 2, 3), (0, 1, 4, 5)):
+        if per_device % at_least:
+            continue
+        fits = [
+            n
+            for n in range(at_least, per_device + 1)
+            if per_device % n == 0 and (per_device / n <= largest or not largest)
+        ]
+        assert sharding.microbatches(4 * per_device, mesh, at_least, largest) == fits[0]
 
 
 def test_images_are_mirrored_where_that_changes_nothing():

@@ -106,6 +106,12 @@ def test_four_parts_of_a_batch_equal_the_whole(attention, changes):
         assert np.ptp(whole[1][0]["allocation"]) > 0
 
 
+def test_a_microbatch_is_another_way_to_say_how_many_parts_there_are():
+    settings = settings_of("kdgqa", batch_size=64, microbatch=16)
+    expected = train_step.step_config(settings_of("kdgqa", batch_size=64, accumulate=4))
+    assert train_step.step_config(settings) == expected
+
+
 def test_allocations_change_once_per_update_and_in_the_window_only():
     _, seen = run(settings_of("dgqa_diff", accumulate=4), steps=4)
     allocations = [m["allocation"].tolist() for m in seen]

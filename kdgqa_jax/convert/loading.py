@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kdgqa_jax import checkpoint, layers, vit, workdir
+from kdgqa_jax import checkpoint, layers, paths, vit, workdir
 from kdgqa_jax.attention import variant_name
 from kdgqa_jax.convert import files, heads
 from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed
@@ -89,7 +89,10 @@ def load(
         arrays at once) or with what is asked for.
     """
     source = os.fspath(source)
-    place = files.download(source.removeprefix("hf:")) if source.startswith("hf:") else source
+    if source.startswith("hf:"):
+        place = files.download(source.removeprefix("hf:"))
+    else:
+        place = os.fspath(paths.local(source, "source"))
     if (pathlib.Path(place) / "model.json").is_file():
         loaded = _load_ours(place)
     else:

@@ -7,6 +7,7 @@ content, which would have to be read: files that change under their names go unn
 
 import hashlib
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 from kdgqa_jax import processes, workdir
@@ -33,7 +34,7 @@ def _describe_split(split: Split) -> Description:
     return {"images": len(split), "fingerprint": digest.hexdigest()}
 
 
-def check(folder: pathlib.Path, here: dict[str, Description]) -> None:
+def check(folder: pathlib.Path, here: dict[str, Description], renew: Collection[str] = ()) -> None:
     """Compare data with the record in a run's directory, or make it where there is none.
 
     To be called in every process of the run; the first one writes.
@@ -41,6 +42,7 @@ def check(folder: pathlib.Path, here: dict[str, Description]) -> None:
     Args:
       folder: of the run.
       here: the descriptions, by what they are called in the sentence.
+      renew: those that nothing has used so far, which may have changed.
 
     Raises UserError: data have changed; it says what and what to do.
     """
@@ -48,10 +50,10 @@ def check(folder: pathlib.Path, here: dict[str, Description]) -> None:
     def recorded() -> dict[str, Description]:
         path = folder / FILE
         there = workdir.read_json(path) if path.exists() else {}
-        if not here.keys() <= there.keys():
-            there = {**here, **there}
-            workdir.write_json(path, there)
-        return there
+        known = {**here, **{name: d for name, d in there.items() if name not in renew}}
+        if known != there:
+            workdir.write_json(path, known)
+        return known
 
     there = processes.on_first_process(recorded)
     for name, description in here.items():

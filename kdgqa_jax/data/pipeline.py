@@ -265,6 +265,16 @@ class _Indices:
         return {"index": np.int32(index)}
 
 
+def check_on_device(split: Split) -> None:
+    """Raise UserError for a split too large to lie in the memory of every device."""
+    size = len(split) * split[0]["image"].nbytes
+    if size > ON_DEVICE_LIMIT:
+        raise UserError(
+            f"data.on_device: {len(split)} images need {size / 2**30:.1f} GiB of every device, more"
+            f" than {ON_DEVICE_LIMIT / 2**30:.0f} GiB; leave the data on the host"
+        )
+
+
 def train_source(
     split: Split,
     batch_size: int,
@@ -285,12 +295,7 @@ def train_source(
     if not on_device:
         batches = TrainBatches(split, batch_size, seed, workers)
         return batches, lambda batch: sharding.put_batch(batch, mesh)
-    size = len(split) * split[0]["image"].nbytes
-    if size > ON_DEVICE_LIMIT:
-        raise UserError(
-            f"data.on_device: {len(split)} images need {size / 2**30:.1f} GiB of every device, more"
-            f" than {ON_DEVICE_LIMIT / 2**30:.0f} GiB; leave the data on the host"
-        )
+    check_on_device(split)
     whole = _stack([split[i] for i in range(len(split))])
     whole = jax.device_put(whole, sharding.replicated(mesh))
     split_sharding = sharding.batch_sharded(mesh)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kdgqa_jax import paths
 from kdgqa_jax.data import idx, tfds_source, trees
 from kdgqa_jax.data.dataset import ArraySplit, Dataset
 from kdgqa_jax.errors import UserError, unknown
@@ -207,6 +208,8 @@ def load(name: str, data_dir: str | None = None, shift: str = "none") -> Dataset
     Raises UserError: unknown name or shift, or a data directory that does not hold the set.
     """
     source, argument = find_source(name)
+    if data_dir:
+        paths.local(data_dir, "data directory")
     if shift not in SHIFTS:
         raise unknown("shift", shift, SHIFTS)
     if source.needs_dir and not data_dir:
@@ -239,6 +242,8 @@ def prepare(name: str, data_dir: str | None = None) -> Dataset:
     Raises UserError: what `load` and the preparation raise; it tells which files to put where.
     """
     source, argument = find_source(name)
+    if data_dir:
+        paths.local(data_dir, "data directory")
     as_idx = source.read is _idx_or_tfds and data_dir and idx.any_in(pathlib.Path(data_dir))
     if source.tfds and data_dir and not as_idx:
         tfds_name = argument or name
