@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments, overrides = build_parser().parse_known_args(argv)
     except flags.WrongFlagsError as error:
-        print(error, file=sys.stderr)
+        print(printable(error), file=sys.stderr)
         return 2
     arguments.overrides = overrides
     memory.share_arenas()

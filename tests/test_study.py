@@ -188,7 +188,7 @@ def test_interval_is_students():
         ({"finetune.data.workers": -1}, "finetune: config field data.workers=-1 must be 0 or"),
         ({"finetune.mesh.model": 3}, "finetune: mesh.fsdp=1 times mesh.model=3 must divide"),
         ({"finetune.optim.freeze": ("necks",)}, "finetune: optim.freeze: 'necks' matches no"),
-        ({"finetune.model.dtype": "float33"}, "finetune: unknown model option dtype 'float33'"),
+        ({"finetune.model.dtype": "float33"}, "finetune: model option dtype='float33' must be"),
         ({"finetune.model.name": "mu/2"}, "patch_size is 4 there, 2 in mu/2"),
         ({"finetune.model.pool": "avg"}, "pool is 'token' there, 'avg' here"),
         ({"uptrain.model.name": "mu/2"}, "pretrain.model and uptrain.model differ in name"),
