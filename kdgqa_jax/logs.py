@@ -125,7 +125,7 @@ def _told_in_a_sentence(path: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}); mend that, and the same command"
-            " goes on from the last checkpoint"
+            " resumes from the last checkpoint"
         ) from None
 
 
@@ -278,7 +278,7 @@ class _WeightsAndBiases:
 class MetricsWriter:
     """Writes the records of a run, to metrics.jsonl and metrics.csv at least.
 
-    A run that goes on from step n drops the records after it, which it will write again: the files
+    A run that resumes from step n drops the records after it, which it will write again: the files
     are replaced whole, and what a kill has cut short goes too. To records with an "allocation"
     (L, K) it adds by layer `idle_kv_heads` and `allocation_changes` since the record before of the
     same split (none before: 0). JSON has null, and CSV nothing, for NaN and infinities.

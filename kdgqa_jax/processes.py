@@ -16,7 +16,7 @@ import numpy as np
 from kdgqa_jax.errors import UserError
 
 LOOK_EVERY = 10.0  # seconds between looks at the other processes
-GONE = "start all of them again: the run goes on from its newest checkpoint"
+GONE = "start all of them again: the run resumes from its newest checkpoint"
 
 
 def joined() -> bool:

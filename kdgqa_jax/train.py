@@ -99,7 +99,7 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Train by `config`, evaluate, and leave a model directory in `workdir/model`.
 
-    A run that was stopped goes on from its newest checkpoint that can be read and ends with the
+    A run that was stopped resumes from its newest checkpoint that can be read and ends with the
     same figures; one that has ended is not run again.
 
     Args:
@@ -147,10 +147,10 @@ def _train_and_evaluate(
     def begin(variables: dict[str, Any]) -> TrainState:
         return init_state(variables, config, step_rng)
 
-    def begin_anew() -> TrainState:
+    def begin_new() -> TrainState:
         return begin({"norm_stats": {}, **vit.init_variables(model, init_rng, channels)})
 
-    shapes = jax.eval_shape(begin_anew)
+    shapes = jax.eval_shape(begin_new)
     shardings = sharding.by_rules(shapes, mesh)
     if start.variables is not None:
         like = {"params": shapes.params, "norm_stats": shapes.norm_stats}
@@ -175,14 +175,14 @@ def _train_and_evaluate(
         batches.set_state(position["data"])
         seconds_before = position["seconds"]
         if int(state.step) < num_steps:
-            say(f"{title}: going on from step {int(state.step)} of {num_steps}")
+            say(f"{title}: resuming from step {int(state.step)} of {num_steps}")
     elif config.init:
         state = jax.jit(begin, out_shardings=shardings)(start.variables)
         for line in start.told:
             say(f"{title}: {line}")
         processes.on_first_process(lambda: starting.write(start, workdir))
     else:
-        state = jax.jit(begin_anew, out_shardings=shardings)()
+        state = jax.jit(begin_new, out_shardings=shardings)()
     start = dataclasses.replace(start, variables=None)  # frees them
     if config.on_nonfinite == "stop" and int(state.first_skipped):  # it was "skip" before
         state = jax.jit(_forgive, donate_argnums=0, out_shardings=shardings)(state)

@@ -33,7 +33,7 @@ from PIL import Image
 
 from kdgqa_jax import checkpoint, cli, config, convert, vit
 
-SECONDS = 240  # more than any of them may take on a busy machine, compilation included
+SECONDS = 600  # more than any of them may take on a busy machine, compilation included
 MEMORY = 24 * 2**30  # of address space: what wants more fails instead of filling the machine
 
 TINY_RUN = ("model.name=mu/4", "model.image_size=8", "epochs=0.02", "batch_size=32")

@@ -136,7 +136,7 @@ def test_three_preemptions_change_no_bit(config_file, whole, tmp_path):
         saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
         assert saved == steps_done(tmp_path)
     out = finish(start(config_file, tmp_path))
-    assert f"going on from step {saved} of 30" in out
+    assert f"resuming from step {saved} of 30" in out
     assert_same_run(tmp_path, whole)
 
 
@@ -182,7 +182,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
     train.train_and_evaluate(load(config_file), workdir)
     out, err = capfd.readouterr()
     assert f"checkpoint of step 30 in {workdir / 'checkpoints'} is damaged" in out
-    assert "going on from step 28 of 30" in out
+    assert "resuming from step 28 of 30" in out
     assert "Traceback" not in err
     assert (workdir / "damaged_checkpoint_30").is_dir()
     assert_same_run(workdir, whole)
@@ -306,7 +306,7 @@ def test_two_processes_compute_what_one_does(config_file, tmp_path):
         assert "of this run has ended" in last and "start all of them again" in last
         processes[victim].communicate()
         out = finish_both(start_two(config_file, tmp_path / name, *flags, arg=arg))
-        assert "going on from step" in out
+        assert "resuming from step" in out
 
     _, one, _ = checkpoint.load_model(tmp_path / "one" / "model")
     for name in meshes:
