@@ -20,7 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from kdgqa_jax import paths, processes, vit, workdir
+from kdgqa_jax import model_json, paths, processes, vit, workdir
 from kdgqa_jax.console import say
 from kdgqa_jax.errors import UserError, one_line
 
@@ -318,15 +318,9 @@ def load_model(
     """
     check_model(path)
     path = pathlib.Path(path).absolute()
-    description = workdir.read_json(path / "model.json")
-    try:
-        model, channels = vit.create(**description["model"]), description["channels"]
-        shapes = vit.variable_shapes(model, channels)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path / 'model.json'} does not describe a model ({error!r})") from None
-    except UserError as error:
-        raise UserError(f"{path / 'model.json'}: {error}") from None
+    description = model_json.read(path / "model.json")
     arrays = _read(path / WEIGHTS)
+    model, shapes = model_json.build(description, arrays, path / "model.json")
     check_arrays(f"{path / WEIGHTS} does not fit model.json", arrays, shapes)
     return model, unflatten_dict(arrays, sep="/"), description
 

@@ -61,6 +61,7 @@ def train_config() -> ConfigDict:
                 "resize": "squash",
                 "interpolation": "bilinear",
                 "crop_share": 1.0,
+                "rounding": "nearest",
                 "skip_corrupt": False,  # count images that cannot be read, take the next one
                 "workers": 0,  # processes that read ahead; 0: threads
                 "on_device": False,  # the whole training split in device memory

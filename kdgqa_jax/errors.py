@@ -54,3 +54,10 @@ _ESCAPES = {
 def printable(text: object) -> str:
     """A text on one line: names of files hold anything, also what would control a terminal."""
     return str(text).translate(_ESCAPES)
+
+
+def some(names: Iterable[object], count: int = 12) -> str:
+    """The first `count` names of a file, each on one line, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(printable(one_line(name)) for name in names[:count])
+    return shown if len(names) <= count else f"{shown} and {len(names) - count:,} more"

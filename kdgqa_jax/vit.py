@@ -375,8 +375,21 @@ def init_variables(model: VisionTransformer, rng: Array, channels: int = 3) -> d
 
 @functools.lru_cache(maxsize=8)
 def variable_shapes(model: VisionTransformer, channels: int = 3) -> dict[str, Any]:
-    """Shapes and dtypes of what `init_variables` gives, without making it."""
-    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0), channels))
+    """Shapes and dtypes of what `init_variables` gives, without making it.
+
+    Traced in the time of one layer, whatever sizes the model has.
+    """
+    scanned = model.clone(scan_layers=True)
+    shapes = jax.eval_shape(lambda: init_variables(scanned, jax.random.key(0), channels))
+    if model.scan_layers:
+        return shapes
+
+    def unstacked(tree: dict[str, Any]) -> dict[str, Any]:
+        layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree["blocks"])
+        rest = {name: branch for name, branch in tree.items() if name != "blocks"}
+        return rest | {f"blocks_{i}": layer for i in range(model.depth)}
+
+    return {name: unstacked(tree) for name, tree in shapes.items()}
 
 
 def init_norm_stats(model: VisionTransformer, channels: int = 3) -> dict[str, Any]:

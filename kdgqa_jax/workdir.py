@@ -63,8 +63,11 @@ def read_json(path: pathlib.Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} not found") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it or choose another place") from None
+    except (ValueError, RecursionError) as error:
+        reason = one_line(error)
+        raise UserError(
+            f"{path} is damaged ({reason}); delete it or choose another place"
+        ) from None
 
 
 def _differences(there: Any, here: Any, name: str = "") -> list[tuple[str, Any, Any]]:

@@ -235,6 +235,7 @@ def test_what_save_pretrained_writes_is_read(tmp_path, name):
         "interpolation": "bicubic",
         "resize": "shorter_side",
         "crop_share": 0.75,
+        "rounding": "hugging_face",
     }
 
 

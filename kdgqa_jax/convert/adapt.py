@@ -56,3 +56,27 @@ def adapt_input_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
         return kernel.sum(axis=2, keepdims=True)
     repeated = np.take(kernel, np.arange(channels) % 3, axis=2)
     return repeated * np.float32(3 / channels)
+
+
+def grey_patch_embedding(
+    kernel: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """A patch embedding for grey images that gives what it gave for them as colour images.
+
+    Args:
+      kernel: (P, P, C, D), for images of which each channel is normalised by its own numbers.
+      bias: (D,).
+      mean: (C,) of pixel values in 0..1.
+      std: (C,) of pixel values in 0..1.
+
+    Returns:
+      kernel (P, P, 1, D) and bias (D,) for images normalised by one mean and one std, and these two
+      numbers: the averages. A grey value g gave sum_c W_c (g - m_c) / s_c, which is
+      W' (g - m) / s + b' with W' = s sum_c W_c / s_c and b' = sum_c W_c (m - m_c) / s_c.
+    """
+    mean, std, kernel64 = (np.asarray(x, np.float64) for x in (mean, std, kernel))
+    one_mean, one_std = float(mean.mean()), float(std.mean())
+    by_channel = kernel64 / std[:, None]  # P, P, C, D
+    shift = np.einsum("PQCD,C->D", by_channel, one_mean - mean)
+    grey = one_std * by_channel.sum(axis=2, keepdims=True)
+    return grey.astype(kernel.dtype), (bias + shift).astype(bias.dtype), one_mean, one_std

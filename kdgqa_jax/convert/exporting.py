@@ -16,7 +16,8 @@ from flax.traverse_util import flatten_dict
 from kdgqa_jax import checkpoint, layers, vit, workdir
 from kdgqa_jax.attention import VARIANTS
 from kdgqa_jax.convert import foreign
-from kdgqa_jax.convert.files import METADATA_KEY, Arrays, Source
+from kdgqa_jax.convert.files import Source
+from kdgqa_jax.convert.formats import METADATA_KEY, Arrays
 from kdgqa_jax.convert.layouts import LAYOUTS
 from kdgqa_jax.errors import UserError, unknown
 

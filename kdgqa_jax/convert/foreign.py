@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdgqa_jax import allocation, vit
-from kdgqa_jax.convert import files, inference, preprocessing
+from kdgqa_jax.convert import files, inference, preprocessing, stated
 from kdgqa_jax.convert.conversion_report import ConversionReport
+from kdgqa_jax.convert.formats import first_line
 from kdgqa_jax.convert.layouts import Layout
-from kdgqa_jax.errors import UserError
+from kdgqa_jax.errors import LARGEST, UserError, one_line, some
 
 Flat = dict[str, Any]  # arrays by our names, such as "blocks_3/attn/query/kernel"
 
@@ -74,6 +75,7 @@ def from_source(
     """What a file that was read holds; arguments and errors as `loading.load`."""
     file = _File(source, *inference.recognise(source))
     names, layout = set(file.arrays), file.layout
+    told = stated.stated(source)
     structure = inference.structure_of(layout, names)
     depth = len(layout.block_numbers(names))
     paths = inference.parameter_paths(depth, **structure)
@@ -85,19 +87,18 @@ def from_source(
     left_over = _check_names(file, paths, set(caches.values()), allow_missing, allow_left_over)
 
     try:
-        arguments, channels = inference.arguments_of(
-            source, layout, structure, file.find, num_heads
+        arguments, channels, notes = inference.arguments_of(
+            source, layout, structure, told, file.find, num_heads
         )
     except UserError:
         raise
     except (ValueError, TypeError) as error:
         raise file.refuse(f"no ViT has arrays of such shapes ({error})") from None
     arguments.setdefault("scan_layers", False)
-    try:
-        # Whatever the variant will be: its parameters are those of gqa, and mha is gqa with K == N.
-        model = vit.create(**{**arguments, "attention": "gqa", "scan_layers": False})
-    except (UserError, TypeError) as error:
-        raise file.refuse(str(error)) from None
+    # Whatever the variant will be: its parameters are those of gqa, and mha is gqa with K == N.
+    model = vit.create(**{**arguments, "attention": "gqa", "scan_layers": False})
+    if source.metadata:
+        arguments, model = _stated_model(file, told.place, arguments, model)
     heads = model.attention["num_heads"], model.attention["num_kv_heads"]
 
     report = ConversionReport(str(source.path))
@@ -105,6 +106,7 @@ def from_source(
     norm_stats = _norm_stats(file, caches, *heads, report)
     norm_stats |= _stated_norm_stats(file, *heads, report)
     report.left_over = left_over
+    report.notes += notes
     report.notes.append(f"recognised as {layout.title}: {source.path.name}")
     attention, reason = inference.attention_of(source, *heads)
     arguments["attention"] = attention
@@ -115,6 +117,47 @@ def from_source(
         "preprocessing": preprocessing.describe(source, model.image_shape),
     }
     return Loaded(arguments, params, norm_stats, description, report)
+
+
+def _stated_model(
+    file: _File, place: str, arguments: dict[str, Any], found: vit.VisionTransformer
+) -> tuple[dict[str, Any], vit.VisionTransformer]:
+    """The model that our metadata describes, compared with the one of the arrays.
+
+    Raises UserError: it describes none, or another one.
+    """
+    options = dict(file.source.metadata.get("model", {}))
+    if options.get("num_kv_heads") is None:
+        options.pop("num_kv_heads", None)
+    arguments = {**arguments, **options}
+    try:
+        model = vit.create(**{**arguments, "attention": "gqa", "scan_layers": False})
+        wrong = [
+            f"{name}={there} there, {here} in the weights"
+            for name, there, here in _differences(model, found)
+        ]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{place} does not describe a model ({one_line(error)})") from None
+    if wrong:
+        raise UserError(f"{place} does not fit the weights: {'; '.join(wrong)}; export it again")
+    return arguments, model
+
+
+_FROM_ARRAYS = (
+    "width", "depth", "mlp_width", "patch_size", "grid", "num_classes", "pool", "class_token",
+    "distillation", "representation_size",
+)  # fmt: skip
+"""What arrays say of a model by their names and shapes."""
+
+
+def _differences(
+    there: vit.VisionTransformer, here: vit.VisionTransformer
+) -> list[tuple[str, Any, Any]]:
+    """(name, value there, value here) of what differs among `_FROM_ARRAYS` and the heads."""
+    pairs = [(name, getattr(there, name), getattr(here, name)) for name in _FROM_ARRAYS]
+    for name in ("num_heads", "num_kv_heads"):
+        pairs.append((name, there.attention[name], here.attention[name]))
+    return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 def _check_names(
@@ -129,7 +172,7 @@ def _check_names(
     missing = sorted(expected - file.arrays.keys())
     left_over = sorted(file.arrays.keys() - expected - caches)
     no_floats = [
-        f"{name} ({x.dtype})"
+        f"{name} ({one_line(x.dtype, 40)})"
         for name, x in file.arrays.items()
         if name in expected | caches and x.dtype != np.float32
     ]
@@ -140,9 +183,9 @@ def _check_names(
     problems = {
         "missing (--allow-missing NAME starts it anew)": refused(missing, allow_missing),
         "left over (--allow-left-over NAME ignores it)": refused(left_over, allow_left_over),
-        "not of floating point numbers": no_floats,
+        "not of floating point numbers (quantized? save them dequantized)": no_floats,
     }
-    told = [f"{what}: {', '.join(names)}" for what, names in problems.items() if names]
+    told = [f"{what}: {some(names)}" for what, names in problems.items() if names]
     if told:
         raise file.refuse(f"not complete in the layout of {file.layout.title}; {'; '.join(told)}")
     return left_over
@@ -158,10 +201,10 @@ def _parameters(
 ) -> Flat:
     """All parameters of `model`; raises UserError for whatever has another shape."""
 
-    def fresh() -> dict[str, Any]:
-        return vit.init_variables(model, jax.random.key(seed), channels)["params"]
-
-    shapes = vit.variable_shapes(model, channels)["params"]
+    try:
+        shapes = vit.variable_shapes(model, channels)["params"]
+    except Exception as error:  # options that only building a model finds to be wrong
+        raise file.refuse(f"no model can be built ({first_line(error)})") from None
     shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
     head_width = model.width // model.attention["num_heads"]
     params, missing, wrong = {}, [], []
@@ -182,9 +225,10 @@ def _parameters(
         part = "" if third is None else f"{('first', 'second', 'last')[third]} third"
         report.add(path, name, part, transform.how)
     if wrong:
-        raise file.refuse(f"wrong shapes: {'; '.join(wrong)}")
+        raise file.refuse(f"wrong shapes: {some(wrong)}")
     if missing:
-        new = flax.traverse_util.flatten_dict(jax.device_get(fresh()), sep="/")
+        new = jax.device_get(vit.init_variables(model, jax.random.key(seed), channels)["params"])
+        new = flax.traverse_util.flatten_dict(new, sep="/")
         params |= {path: new[path] for path in missing}
     return params
 
@@ -214,28 +258,30 @@ def _stated_norm_stats(
     file: _File, num_heads: int, num_kv_heads: int, report: ConversionReport
 ) -> Flat:
     """The memory as a file that we exported has it: allocations need not follow from the norms."""
-    stated: Flat = {}
+    memory: Flat = {}
     parts = [file.source.metadata.get(name, {}) for name in ("allocation", "norm_stats")]
-    if not all(isinstance(part, dict) for part in parts):
-        raise file.refuse("metadata: norm_stats must hold arrays by name")
     for path, values in (parts[0] | parts[1]).items():  # older files hold allocations alone
         whole = path.endswith("/allocation")
-        try:
-            stated[path] = np.asarray(values, np.int32 if whole else np.float32)
-            fits = stated[path].shape == (num_kv_heads,)
-        except (ValueError, TypeError):
-            fits = False
-        if not fits or (whole and (stated[path].sum() != num_heads or stated[path].min() < 0)):
-            raise file.refuse(f"metadata: norm_stats {path} does not fit {num_heads} query heads")
+        kind = "whole numbers" if whole else "numbers"
+        fits = isinstance(values, list) and len(values) == num_kv_heads
+        fits = fits and all(type(x) is int or (type(x) is float and not whole) for x in values)
+        fits = fits and all(-LARGEST < x < LARGEST for x in values if type(x) is int)
+        if not fits or (whole and (sum(values) != num_heads or min(values) < 0)):
+            raise file.refuse(
+                f"metadata: norm_stats {one_line(path, 60)}={one_line(repr(values), 60)}; expected"
+                f" {num_kv_heads} {kind}{f' that add up to {num_heads}' if whole else ''}"
+            )
+        memory[path] = np.asarray(values, np.int32 if whole else np.float32)
         report.add(path, "metadata")
-    return stated
+    return memory
 
 
 def _class_names(source: files.Source, num_classes: int) -> list[str]:
-    """From config.json (Hugging Face: id2label, timm: label_names), else the numbers."""
+    """From metadata or config.json (Hugging Face: id2label, timm: label_names), else numbers."""
     names = source.metadata.get("class_names", source.config.get("label_names"))
     labels = source.config.get("id2label")
-    if isinstance(labels, dict):
+    labels = names if isinstance(names, dict) else labels
+    if isinstance(labels, dict) and not source.metadata:
         names = [labels.get(str(i)) for i in range(num_classes)]
     if not isinstance(names, list) or len(names) != num_classes or None in names:
         names = range(num_classes)

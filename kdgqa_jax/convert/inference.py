@@ -14,7 +14,8 @@ from kdgqa_jax import vit
 from kdgqa_jax.attention import ALIASES, VARIANTS, variant_name
 from kdgqa_jax.convert.files import Source
 from kdgqa_jax.convert.layouts import LAYOUTS, Layout
-from kdgqa_jax.errors import UserError
+from kdgqa_jax.convert.stated import Stated
+from kdgqa_jax.errors import UserError, some
 
 HEADS_BY_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Query heads of the ViTs (Ti, S, B, L, H) that have these widths."""
@@ -37,10 +38,19 @@ def recognise(source: Source) -> tuple[Layout, dict[str, np.ndarray]]:
             best, most = layout, len(names & known)
     if best is None:
         tried = ", ".join(layout.title for layout in LAYOUTS.values())
-        some = ", ".join(sorted(source.arrays)[:3])
+        names = some(sorted(source.arrays), 3)
         raise UserError(
-            f"{source.path}: unknown layout; tried {tried}; the file holds {some}, ... A ViT's"
+            f"{source.path}: unknown layout; tried {tried}; the file holds {names}. A ViT's"
             " state dict in one of those layouts was expected"
+        )
+    by_canonical: dict[str, list[str]] = {}
+    for name in source.arrays:
+        by_canonical.setdefault(best.canonical(name), []).append(name)
+    twice = [" and ".join(names) for names in by_canonical.values() if len(names) > 1]
+    if twice:
+        raise UserError(
+            f"{source.path}: holds arrays of one parameter under two names: {some(twice, 4)}; save"
+            " the model that is meant alone"
         )
     return best, {best.canonical(name): x for name, x in source.arrays.items()}
 
@@ -104,19 +114,26 @@ def structure_of(layout: Layout, names: set[str]) -> dict[str, Any]:
 
 
 def arguments_of(
-    source: Source, layout: Layout, structure: dict[str, Any], find: Find, num_heads: int | None
-) -> tuple[dict[str, Any], int]:
-    """(arguments of `vit.create`, number of image channels) for the model in a file.
+    source: Source,
+    layout: Layout,
+    structure: dict[str, Any],
+    told: Stated,
+    find: Find,
+    num_heads: int | None,
+) -> tuple[dict[str, Any], int, list[str]]:
+    """(arguments of `vit.create`, number of image channels, notes) for the model in a file.
 
     Args:
       source: the file.
       layout: its layout.
       structure: from `structure_of`.
+      told: from `stated.stated`.
       find: gives arrays by our names.
       num_heads: N; None: from what lies beside the weights, else `HEADS_BY_WIDTH`.
 
     Raises:
-      UserError: shapes that no ViT has, or a number of heads that is not known.
+      UserError: shapes that no ViT has, another model than is stated beside the weights, or a
+        number of heads that is not known.
     """
 
     def shape(ours: str, rank: int) -> tuple[int, ...]:
@@ -129,17 +146,26 @@ def arguments_of(
             )
         return array.shape
 
-    for field, ours in (("hidden_act", "gelu"), ("pooler_act", "tanh")):
-        if source.config.get(field, ours) != ours:
-            raise UserError(
-                f"{source.path.parent / 'config.json'}: {field}={source.config[field]!r}; the model"
-                f" here has {ours!r} alone"
-            )
     patch_height, patch_size, channels, width = shape("patch_embed/kernel", 4)
     if patch_height != patch_size:
         raise UserError(f"{source.path}: patches of {patch_height}x{patch_size} are not square")
+    fields = {
+        "width": width,
+        "depth": len(layout.block_numbers(set(map(layout.canonical, source.arrays)))),
+        "mlp_width": shape("blocks_0/mlp/fc1/kernel", 2)[1],
+    }
+    options = {
+        **structure,
+        "num_classes": shape("head/kernel", 2)[1] if structure["num_classes"] else 0,
+        "representation_size": shape("pre_logits/kernel", 2)[1]
+        if structure["representation_size"]
+        else 0,
+    }
+    _check_pool(told, structure["pool"])
+    told.check({**fields, **options, "patch_size": patch_size, "channels": channels}, source)
+
     query, key = shape_of_heads(find, "query"), shape_of_heads(find, "key")
-    num_heads = _heads(source, width, query, num_heads)
+    num_heads, notes = _heads(source, told, width, query, num_heads)
     if num_heads < 1 or width % num_heads:
         raise UserError(f"{source.path}: width {width} is not a multiple of {num_heads} heads")
     head_width = width // num_heads
@@ -150,41 +176,21 @@ def arguments_of(
         )
     num_kv_heads = max(math.prod(key[1:]) // head_width, 1)
     prefix = structure["class_token"] + (structure["distillation"] != "none")
-    grid = _grid(source, layout, shape("pos_embed", 3)[1] - prefix, patch_size)
+    grid = _grid(source, told, shape("pos_embed", 3)[1] - prefix, patch_size)
     height, side = (n * patch_size for n in grid)
-    fields = {
-        "width": width,
-        "depth": len(layout.block_numbers(set(map(layout.canonical, source.arrays)))),
-        "num_heads": num_heads,
-        "mlp_width": shape("blocks_0/mlp/fc1/kernel", 2)[1],
-    }
-    if structure["qkv_bias"]:  # the default
-        structure = {name: value for name, value in structure.items() if name != "qkv_bias"}
-    _check_config(
-        source,
-        {
-            "hidden_size": width,
-            "num_hidden_layers": fields["depth"],
-            "intermediate_size": fields["mlp_width"],
-            "patch_size": patch_size,
-            "num_channels": channels,
-        },
-    )
+    fields["num_heads"] = num_heads
+    if options["qkv_bias"]:  # the default
+        del options["qkv_bias"]
     known = [size for size, numbers in vit.SIZES.items() if numbers == fields]
     arguments = {
         "name": f"{known[0] if known else 'custom'}/{patch_size}",
         **({} if known else fields),
-        **structure,
+        **options,
         "image_size": height if height == side else (height, side),
-        "num_classes": shape("head/kernel", 2)[1] if structure["num_classes"] else 0,
-        "representation_size": shape("pre_logits/kernel", 2)[1]
-        if structure["representation_size"]
-        else 0,
-        "norm_epsilon": _number(source, "layer_norm_eps", layout.norm_epsilon),
+        "norm_epsilon": told.get("norm_epsilon", layout.norm_epsilon),
         "num_kv_heads": num_kv_heads,
-        **source.metadata.get("model", {}),
     }
-    return arguments, channels
+    return arguments, channels, notes
 
 
 def shape_of_heads(find: Find, projection: str) -> tuple[int, ...]:
@@ -193,30 +199,35 @@ def shape_of_heads(find: Find, projection: str) -> tuple[int, ...]:
     return (0,) if array is None else array.shape
 
 
-def _number(source: Source, field: str, default: Any) -> Any:
-    value = source.config.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{source.path.parent / 'config.json'}: {field}={value!r} must be a number")
-    return value
+def _check_pool(told: Stated, found: str) -> None:
+    """Raise UserError where the final norm is not where a stated pooling has it here."""
+    pool = told.get("pool", found)
+    if pool != found:
+        norm = {"avg": "fc_norm, after the mean", "token": "norm, before the class token is taken"}
+        raise UserError(
+            f"{told.place}: global_pool={pool!r}, but the final norm in the weights is"
+            f" {norm[found].split(',')[0]!r}; the model here has {norm[pool]}"
+        )
 
 
-def _heads(source: Source, width: int, query: tuple[int, ...], asked: int | None) -> int:
-    """N as the source states it; else as asked for, else by `HEADS_BY_WIDTH`."""
+def _heads(
+    source: Source, told: Stated, width: int, query: tuple[int, ...], asked: int | None
+) -> tuple[int, list[str]]:
+    """(N, notes): as the source states it; else as asked for, else by `HEADS_BY_WIDTH`."""
     stated = None
     if len(query) == 3:  # the file has the heads as an axis
         stated = query[1]
-    elif "num_heads" in source.metadata.get("model", {}):
-        stated = source.metadata["model"]["num_heads"]
-    elif "num_attention_heads" in source.config:
-        stated = int(_number(source, "num_attention_heads", 0))
+    elif told.heads_of in (None, width):
+        stated = told.get("num_heads")
     if stated is not None and asked not in (None, stated):
         raise UserError(
             f"{source.path} has {stated} query heads, not {asked}; leave it to the file"
         )
     if stated is not None or asked is not None:
-        return asked if stated is None else stated
+        return asked if stated is None else stated, []
     if width in HEADS_BY_WIDTH:
-        return HEADS_BY_WIDTH[width]
+        guess = HEADS_BY_WIDTH[width]
+        return guess, [f"{guess} query heads guessed from the width {width}: --num-heads"]
     known = ", ".join(f"{n} for {w}" for w, n in HEADS_BY_WIDTH.items())
     raise UserError(
         f"{source.path}: how many query heads a model of width {width} has cannot be told (known:"
@@ -224,31 +235,16 @@ def _heads(source: Source, width: int, query: tuple[int, ...], asked: int | None
     )
 
 
-def _check_config(source: Source, found: dict[str, int]) -> None:
-    """Raise UserError where config.json says something else than the arrays."""
-    wrong = [
-        f"{name}={source.config[name]!r} there, {value} in the weights"
-        for name, value in found.items()
-        if source.config.get(name, value) != value
-    ]
-    if wrong:
-        raise UserError(
-            f"{source.path.parent / 'config.json'} does not fit {source.path.name}:"
-            f" {'; '.join(wrong)}; fetch both again"
-        )
-
-
-def _grid(source: Source, layout: Layout, length: int, patch_size: int) -> tuple[int, int]:
+def _grid(source: Source, told: Stated, length: int, patch_size: int) -> tuple[int, int]:
     """(rows, columns) of the patches whose position embeddings number `length`."""
-    size = source.metadata.get("model", {}).get("image_size", source.config.get("image_size"))
+    size = told.get("image_size")
     if size is not None:
-        sides = size if isinstance(size, list | tuple) else (size, size)
-        whole = len(sides) == 2 and all(isinstance(x, int) for x in sides)
-        grid = tuple(x // patch_size for x in sides) if whole else (0, 0)
-        if grid[0] * grid[1] != length:
+        grid = tuple(side // patch_size for side in size)
+        if grid[0] * grid[1] != length or any(side % patch_size for side in size):
+            shown = size[0] if size[0] == size[1] else "x".join(map(str, size))
             raise UserError(
                 f"{source.path}: a position embedding for {length} patches of {patch_size} px does"
-                f" not fit the image size {size!r} that is stated beside the weights"
+                f" not fit the image size {shown} that {told.place} states"
             )
         return grid
     side = math.isqrt(max(length, 0))

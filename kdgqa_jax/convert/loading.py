@@ -12,7 +12,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from kdgqa_jax import checkpoint, layers, paths, vit, workdir
 from kdgqa_jax.attention import variant_name
 from kdgqa_jax.convert import files, heads
-from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed
+from kdgqa_jax.convert.adapt import (
+    adapt_input_channels,
+    grey_patch_embedding,
+    resize_pos_embed,
+)
 from kdgqa_jax.convert.calibration_images import CalibrationImages
 from kdgqa_jax.convert.conversion_report import ConversionReport
 from kdgqa_jax.convert.foreign import Loaded, load_foreign
@@ -239,14 +243,36 @@ def _fit_images(
         loaded.report.changed("pos_embed", f"resized {grids} (bicubic)")
     have = loaded.description["channels"]
     if channels is not None and channels != have:
-        name = "patch_embed/kernel"
-        loaded.params[name] = adapt_input_channels(loaded.params[name], channels)
-        loaded.report.changed(name, f"from {have} to {channels} input channels")
-        loaded.description["channels"] = channels
-        preprocessing = loaded.description["preprocessing"] or {}
-        for statistic in preprocessing.keys() & {"mean", "std"}:
-            value = float(np.mean(preprocessing[statistic]))
-            preprocessing[statistic] = [value] * channels
+        _fit_channels(loaded, have, channels)
+
+
+def _fit_channels(loaded: Loaded, have: int, channels: int) -> None:
+    """The patch embedding, and the numbers that normalise images, for other channels."""
+    kernel, bias = "patch_embed/kernel", "patch_embed/bias"
+    preprocessing = loaded.description["preprocessing"] or {}
+    fitted = adapt_input_channels(loaded.params[kernel], channels)
+    statistics = {name: np.ravel(preprocessing.get(name, 0.5)) for name in ("mean", "std")}
+    if channels == 1 and any(np.ptp(values) for values in statistics.values()):
+        mean, std = (_per_channel(name, statistics[name], have) for name in ("mean", "std"))
+        fitted, loaded.params[bias], mean, std = grey_patch_embedding(
+            loaded.params[kernel], loaded.params[bias], mean, std
+        )
+        loaded.report.changed(bias, "mean and std of each channel folded in")
+        preprocessing |= {"mean": [mean], "std": [std]}
+    loaded.params[kernel] = fitted
+    loaded.report.changed(kernel, f"from {have} to {channels} input channels")
+    loaded.description["channels"] = channels
+    for name in preprocessing.keys() & {"mean", "std"}:
+        preprocessing[name] = [float(x) for x in np.resize(preprocessing[name], channels)]
+
+
+def _per_channel(name: str, values: np.ndarray, channels: int) -> np.ndarray:
+    """(channels,) numbers. Raises UserError if there are others than one, or one per channel."""
+    if len(values) not in (1, channels):
+        raise UserError(
+            f"{name} of images has {len(values)} values for {channels} channels; give --{name}"
+        )
+    return np.broadcast_to(values, (channels,))
 
 
 def _fit_preprocessing(
@@ -261,17 +287,14 @@ def _fit_preprocessing(
         if asked is not None:
             values = [float(x) for x in asked]
             found = {**found, name: values * channels if len(values) == 1 else values}
-        given = found[name] if isinstance(found[name], list | tuple) else [found[name]] * channels
-        if len(given) != channels:
-            raise UserError(
-                f"{name} of images has {len(given)} values for {channels} channels; give --{name}"
-            )
     try:
-        Preprocessing(**found)
+        checked = Preprocessing(**found)
     except TypeError as error:
         raise UserError(
             f"{loaded.report.source}: unknown preparation of images ({error})"
         ) from None
+    for name in ("mean", "std"):
+        _per_channel(name, np.ravel(getattr(checked, name)), channels)
     description["preprocessing"] = found
     if unstated:
         loaded.report.notes.append(

@@ -1,11 +1,41 @@
-"""How images were prepared for a model, as its source says it."""
+"""How images were prepared for a model, as its source says it: honoured, or refused by name."""
 
+import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
+from kdgqa_jax.convert import timm_config
 from kdgqa_jax.convert.files import Source
-from kdgqa_jax.errors import UserError
+from kdgqa_jax.errors import UserError, one_line
+from kdgqa_jax.model_json import check_preprocessing
 
-_PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+
+_VIT = {
+    "do_resize": True,
+    "size": 224,
+    "resample": 2,
+    "do_center_crop": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+_PROCESSORS: Mapping[str, Mapping[str, Any]] = {
+    "ViT": _VIT,
+    "DeiT": {**_VIT, "size": 256, "resample": 3, "do_center_crop": True},
+}
+"""What image processors of transformers do unless their preprocessor_config.json says otherwise."""
+
+_NO_MATTER = (
+    r"image_processor_type|feature_extractor_type|processor_class|crop_size|do_convert_rgb"
+    r"|return_tensors|data_format|input_data_format|default_to_square|device|_.*"
+)
+
+_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}  # timm's defaults
+_TIMM_CROP = 0.875  # the same
 
 
 def describe(source: Source, image_shape: tuple[int, int]) -> dict[str, Any] | None:
@@ -13,47 +43,167 @@ def describe(source: Source, image_shape: tuple[int, int]) -> dict[str, Any] | N
 
     From the metadata of our own export, from Hugging Face's preprocessor_config.json, or from
     timm's config.json (pretrained_cfg).
+
+    Raises UserError: something that would be done to images and is not done here.
     """
-    side = min(image_shape)
-    if "preprocessing" in source.metadata:
-        return source.metadata["preprocessing"]
-    if "image_mean" in source.preprocessor:
-        return _hugging_face(source.preprocessor, side)
-    if isinstance(source.config.get("pretrained_cfg"), dict):
-        return _timm(source.config["pretrained_cfg"])
+    if source.metadata:
+        return _of_metadata(source)
+    if source.preprocessor:
+        place = str(source.path.parent / "preprocessor_config.json")
+        return _HuggingFace(source.preprocessor, place).describe(image_shape)
+    if timm_config.is_timm(source.config):
+        place = str(source.path.parent / "config.json")
+        return _timm(timm_config.pretrained_cfg(source.config, place), place)
     return None
 
 
-def _hugging_face(config: dict[str, Any], side: int) -> dict[str, Any]:
-    size, resize = config.get("size", side), "squash"
-    if isinstance(size, dict) and "shortest_edge" in size:
-        size, resize = size["shortest_edge"], "shorter_side"
-    elif isinstance(size, dict):
-        size = size.get("height", side)
-    cropped = config.get("do_center_crop", False) and isinstance(size, int) and size > side
+def _of_metadata(source: Source) -> dict[str, Any] | None:
+    found = source.metadata.get("preprocessing")
+    if found is not None and not isinstance(found, dict):
+        raise UserError(
+            f"{source.path}: preprocessing={_shown(found)} in its metadata must be a JSON object;"
+            " export the model again"
+        )
+    if found is not None:
+        check_preprocessing(found, source.path)
+    return found
+
+
+class _HuggingFace:
+    """A preprocessor_config.json with the defaults of its image processor."""
+
+    def __init__(self, config: dict[str, Any], place: str):
+        self.place = place
+        kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "ViT"
+        kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind))
+        stated = {name: value for name, value in config.items() if value is not None}
+        self.known = kind in _PROCESSORS
+        self.fields = {**_PROCESSORS.get(kind, {}), **stated}
+        missing = sorted(_VIT.keys() - self.fields.keys())
+        if missing:
+            raise self.refuse(
+                f"does not say {', '.join(missing)}, and what {_shown(kind)} does by default is not"
+                f" known; known: {', '.join(_PROCESSORS)}"
+            )
+        for name, value in stated.items():
+            if name not in _VIT and not re.fullmatch(_NO_MATTER, name) and value is not False:
+                raise self.refuse(
+                    f"{one_line(name, 60)}={_shown(value)} asks for something that is not done"
+                    " to images here"
+                )
+        for name, value in self.fields.items():
+            if name in _VIT and name.startswith("do_") and not isinstance(value, bool):
+                raise self.refuse(f"{name}={_shown(value)} must be true or false")
+
+    def refuse(self, problem: str) -> UserError:
+        return UserError(f"{self.place}: {problem}")
+
+    def describe(self, image_shape: tuple[int, int]) -> dict[str, Any]:
+        """Fields of `data.images.Preprocessing`."""
+        resample = self.fields["resample"]
+        if type(resample) is not int or resample not in _PIL_FILTERS:
+            raise self.refuse(f"resample={_shown(resample)}; expected {_shown(_PIL_FILTERS)}")
+        resize, share = self._resize(image_shape)
+        return {
+            **self._statistics(),
+            "interpolation": _PIL_FILTERS[resample],
+            "resize": resize,
+            "crop_share": share,
+            "rounding": "hugging_face",
+        }
+
+    def _resize(self, shape: tuple[int, int]) -> tuple[str, float]:
+        """(resize, crop_share). Raises UserError where they cannot give what is asked for."""
+        size, crops = self.fields["size"], self.fields["do_center_crop"]
+        if not self.fields["do_resize"]:
+            raise self.refuse("do_resize=false; images are always resized here")
+        crop = self._sides("crop_size", self.fields.get("crop_size", list(shape)))
+        if crops and crop != shape:
+            raise self.refuse(f"crop_size={_shown(crop)} is not the size of the model, {shape}")
+        if isinstance(size, dict) and size.keys() == {"shortest_edge"}:
+            shortest = size["shortest_edge"]
+            if type(shortest) is not int or not crops or shape[0] != shape[1]:
+                raise self.refuse(
+                    f"size={_shown(size)} without do_center_crop, or for images of {shape}; only a"
+                    " square crop of a resized image is made here"
+                )
+            sides = (shortest, shortest)
+        else:
+            sides, shortest = self._sides("size", size), None
+        share = shape[0] / sides[0] if sides[0] > 0 else 0.0
+        exact = 0 < share <= 1 and all(
+            round(a / share) == b for a, b in zip(shape, sides, strict=True)
+        )
+        if not exact or (not crops and sides != shape):
+            raise self.refuse(
+                f"size={_shown(size)}{'' if crops else ' without do_center_crop'} does not lead to"
+                f" images of {shape}, which the model takes"
+            )
+        return ("squash" if shortest is None else "shorter_side"), share
+
+    def _sides(self, name: str, size: Any) -> tuple[int, int]:
+        sides = size
+        if isinstance(size, dict) and size.keys() == {"height", "width"}:
+            sides = [size["height"], size["width"]]
+        elif type(size) is int and (self.known or name == "crop_size"):
+            sides = [size, size]
+        if not isinstance(sides, list) or [type(side) for side in sides] != [int, int]:
+            raise self.refuse(
+                f"{name}={_shown(size)} must be a side in pixels, or an object of height and width"
+            )
+        return tuple(sides)
+
+    def _statistics(self) -> dict[str, Any]:
+        """mean and std of pixel values in 0..1, into which another factor than 1/255 goes."""
+        factor = self.fields["rescale_factor"] if self.fields["do_rescale"] else 1.0
+        if not _is_number(factor) or factor <= 0:
+            raise self.refuse(f"rescale_factor={_shown(factor)} must be a number above 0")
+        largest = 255 * factor
+        largest = 1.0 if math.isclose(largest, 1.0, rel_tol=1e-6) else largest
+        if not self.fields["do_normalize"]:
+            return {"mean": 0.0, "std": 1.0 / largest}
+        found = {"mean": self.fields["image_mean"], "std": self.fields["image_std"]}
+        for name, value in found.items():
+            found[name] = [x / largest for x in _vector(f"image_{name}", value, self.place)]
+        return found
+
+
+def _timm(config: dict[str, Any], place: str) -> dict[str, Any] | None:
+    """As timm's own evaluation transform does it; None where nothing is said of pixel values."""
+    if config.get("mean") is None and config.get("std") is None:
+        return None
+    mode = config.get("crop_mode") or "center"
+    if mode not in ("center", "squash"):
+        raise UserError(f"{place}: crop_mode={_shown(mode)}; expected 'center' or 'squash'")
+    share = config.get("crop_pct") or _TIMM_CROP
+    if not _is_number(share) or not 0 < share <= 1:
+        raise UserError(f"{place}: crop_pct={_shown(share)} must be above 0 and at most 1")
+    filters = tuple(_PIL_FILTERS.values())
+    interpolation = config.get("interpolation") or "bicubic"
+    if interpolation not in filters:
+        raise UserError(
+            f"{place}: interpolation={_shown(interpolation)}; expected one of {', '.join(filters)}"
+        )
     return {
-        "mean": _vector(config, "image_mean"),
-        "std": _vector(config, "image_std"),
-        "interpolation": _PIL_FILTERS.get(config.get("resample"), "bilinear"),
-        "resize": resize,
-        "crop_share": side / size if cropped else 1.0,
+        **{name: _vector(name, config.get(name) or _IMAGENET[name], place) for name in _IMAGENET},
+        "interpolation": interpolation,
+        "resize": "squash" if mode == "squash" else "shorter_side",
+        "crop_share": share,
+        "rounding": "timm",
     }
 
 
-def _timm(config: dict[str, Any]) -> dict[str, Any]:
-    share = config.get("crop_pct", 1.0)
-    squash = config.get("crop_mode") == "squash"
-    return {
-        "mean": _vector(config, "mean"),
-        "std": _vector(config, "std"),
-        "interpolation": config.get("interpolation", "bicubic"),
-        "resize": "squash" if squash else "shorter_side",
-        "crop_share": share if isinstance(share, int | float) and 0 < share <= 1 else 1.0,
-    }
+def _vector(name: str, value: Any, place: str) -> list[float]:
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(map(_is_number, values)):
+        raise UserError(f"{place}: {name}={_shown(value)} must be a list of numbers")
+    return [float(x) for x in values]
 
 
-def _vector(config: dict[str, Any], field: str) -> list[float]:
-    value = config.get(field)
-    if not isinstance(value, list) or not all(isinstance(x, int | float) for x in value):
-        raise UserError(f"{field}={value!r} beside the weights must be a list of numbers")
-    return [float(x) for x in value]
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < 1e30  # which is false for NaN
+
+
+def _shown(value: Any) -> str:
+    return one_line(repr(value), 80)

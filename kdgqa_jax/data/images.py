@@ -1,6 +1,8 @@
 """Image files of any kind, prepared for a model as its description says."""
 
 import dataclasses
+import math
+import numbers
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +18,7 @@ from kdgqa_jax.errors import UserError, one_line, unknown
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 RESIZES = ("squash", "shorter_side")
 WHOLE_LIMIT = 2**24  # pixels
+ROUNDINGS = ("nearest", "timm", "hugging_face")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,11 @@ class Preprocessing:
       interpolation: a filter of PIL by name.
       resize: "squash" (to the size whatever the shape, as the paper does it) or "shorter_side"
         (keep the shape, crop the middle).
-      crop_share: the share of the resized image that the crop in the middle keeps, in (0, 1].
+      crop_share: the share of the resized image that the crop in the middle keeps, in (0, 1]: an
+        image for side s is resized to s / crop_share.
+      rounding: how sides and the corner of the crop become whole pixels: "nearest" (the longer side
+        too; the corner down), "timm" (sides down, as crop_pct is meant there; the corner to the
+        nearest) or "hugging_face" (the longer side and the corner down).
     """
 
     mean: Any = 0.5
@@ -36,18 +43,27 @@ class Preprocessing:
     interpolation: str = "bilinear"
     resize: str = "squash"
     crop_share: float = 1.0
+    rounding: str = "nearest"
 
     def __post_init__(self):
-        mean, std = (np.asarray(x, np.float64) for x in (self.mean, self.std))
-        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+        try:
+            mean, std = (np.asarray(x, np.float64) for x in (self.mean, self.std))
+            usable = max(mean.ndim, std.ndim) <= 1 and np.isfinite(mean).all()
+            usable = usable and np.isfinite(std).all() and (std > 0).all()
+        except (TypeError, ValueError):
+            usable = False
+        if not usable:
             raise UserError(
-                f"images cannot be normalised by mean {self.mean} and std {self.std}: expected"
-                " finite numbers, and std above 0"
+                f"images cannot be normalised by mean {one_line(self.mean)} and std"
+                f" {one_line(self.std)}: expected finite numbers, and std above 0"
             )
-        if not 0.0 < self.crop_share <= 1.0:
-            raise UserError(f"crop_share={self.crop_share} must be above 0 and at most 1")
+        number = isinstance(self.crop_share, numbers.Real)
+        if not number or not 0.0 < self.crop_share <= 1.0:
+            raise UserError(f"crop_share={one_line(self.crop_share)} must be above 0 and at most 1")
         if self.resize not in RESIZES:
             raise unknown("resize", self.resize, RESIZES)
+        if self.rounding not in ROUNDINGS:
+            raise unknown("rounding", self.rounding, ROUNDINGS)
         filters = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
         if self.interpolation not in filters:
             raise unknown("interpolation", self.interpolation, filters)
@@ -58,12 +74,16 @@ class Preprocessing:
         The whole image is resized and then cropped; where that takes more than `WHOLE_LIMIT`
         pixels (one of 1x30,000, say), only what the crop keeps is computed, within rounding.
         """
-        height, width = (round(side / self.crop_share) for side in shape)
+        to_whole = math.floor if self.rounding == "timm" else round
+        height, width = (to_whole(side / self.crop_share) for side in shape)
         if self.resize == "shorter_side":
-            scale = max(height / image.height, width / image.width)
-            height, width = round(image.height * scale), round(image.width * scale)
+            height, width = self._kept_shape(image, height, width)
         kernel = Image.Resampling[self.interpolation.upper()]
-        left, top = (width - shape[1]) // 2, (height - shape[0]) // 2
+        left, top = width - shape[1], height - shape[0]
+        if self.rounding == "timm":
+            left, top = round(left / 2), round(top / 2)
+        else:
+            left, top = left // 2, top // 2
         right, bottom = left + shape[1], top + shape[0]
         if height * width > WHOLE_LIMIT:
             across, down = image.width / width, image.height / height
@@ -73,6 +93,14 @@ class Preprocessing:
         if (height, width) == tuple(shape):
             return image
         return image.crop((left, top, right, bottom))
+
+    def _kept_shape(self, image: Any, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the shape of the image, of which one is as given, the other larger."""
+        if self.rounding == "nearest" or height != width:
+            scale = max(height / image.height, width / image.width)
+            return round(image.height * scale), round(image.width * scale)
+        shorter = min(image.height, image.width)
+        return int(height * image.height / shorter), int(width * image.width / shorter)
 
     def normalise(self, images: np.ndarray) -> np.ndarray:
         """uint8 (..., C) -> float32 (..., C)."""
