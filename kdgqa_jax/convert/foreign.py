@@ -131,7 +131,7 @@ def _stated_model(
         options.pop("num_kv_heads", None)
     arguments = {**arguments, **options}
     try:
-        model = vit.create(**{**arguments, "attention": "gqa", "scan_layers": False})
+        model = vit.create(**{"attention": "gqa", **arguments}).clone(scan_layers=False)
         wrong = [
             f"{name}={there} there, {here} in the weights"
             for name, there, here in _differences(model, found)
