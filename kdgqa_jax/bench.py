@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from kdgqa_jax import config as config_lib
-from kdgqa_jax import convert, sharding, starting, train_step, vit
+from kdgqa_jax import convert, memory, sharding, starting, train, train_step, vit
 from kdgqa_jax.console import table
-from kdgqa_jax.errors import UserError
+from kdgqa_jax.errors import UserError, one_line
 
 MIB = 2**20
 
@@ -52,18 +52,23 @@ def bench_train(
       Per variant: temp_bytes (temporary memory of the step), state_bytes, compile_seconds, and with
       `steps` the fastest step in step_seconds.
     """
+    for variant in variants:  # all of them, before the first one takes its time
+        config.model.attention = variant
+        train.check(config)
+        image_shape = starting.build_model(config, num_classes=1000).image_shape
+        memory.check_batch("batch_size", config.batch_size, (*image_shape, 3))
     results, runs = [], []
     for variant in variants:
         config.model.attention = variant
         started = time.monotonic()
         step, state, batch = abstract_train_step(config)
         compiled = step.lower(state, batch).compile()
-        memory = compiled.memory_analysis()
+        needed = compiled.memory_analysis()
         results.append(
             {
                 "variant": variant,
-                "temp_bytes": memory.temp_size_in_bytes,
-                "state_bytes": memory.argument_size_in_bytes,
+                "temp_bytes": needed.temp_size_in_bytes,
+                "state_bytes": needed.argument_size_in_bytes,
                 "compile_seconds": time.monotonic() - started,
             }
         )
@@ -141,7 +146,7 @@ def bench_convert(
         del variables
         command = [sys.executable, "-m", "kdgqa_jax.cli", "convert", "--attention", "gqa"]
         command += ["--source", str(source), "--out", str(pathlib.Path(folder) / "model")]
-        command += ["--pooling", pooling]
+        command += ["--pooling", pooling, "--num-heads", str(vision.attention["num_heads"])]
         if calibration_images:
             images = pathlib.Path(folder) / "images"
             images.mkdir()
@@ -151,11 +156,14 @@ def bench_convert(
             command += ["--calibration", str(images)]
             command += ["--calibration-images", str(calibration_images)]
         started = time.monotonic()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
+        told = pathlib.Path(folder) / "told"
+        with told.open("w") as file:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
+            _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - started
-        if os.waitstatus_to_exitcode(status):
-            raise UserError(f"converting a random {model} failed; see above")
+        if status:
+            reason = one_line(told.read_text()) or f"status {os.waitstatus_to_exitcode(status)}"
+            raise UserError(f"converting a random {model} failed ({reason})")
         size, peak = source.stat().st_size, usage.ru_maxrss * 1024
     row = [
         model,

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from kdgqa_jax import config as config_lib
-from kdgqa_jax import sharding
+from kdgqa_jax import memory, sharding, train
 from kdgqa_jax.console import say, table
 from kdgqa_jax.data import augment, pipeline, sources
 from kdgqa_jax.errors import UserError
@@ -58,9 +58,11 @@ def bench_data(
             raise UserError(f"{name} {value} must be at least 1")
     if config.data.workers < 0:
         raise UserError(f"--workers {config.data.workers} must not be negative")
+    train.check(config)
     data, batch_size, mesh = config.data, config.batch_size, sharding.make_mesh()
     dataset = sources.load(data.name, data.data_dir, data.shift)
     prepared = pipeline.prepare(dataset, (image_size, image_size), data).train
+    memory.check_batch("--batch-size", batch_size, (image_size, image_size, 3))
     count = min(images, len(prepared))
     steps = max(count // batch_size, 1)
 

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from kdgqa_jax import checkpoint, layers, sharding, vit
+from kdgqa_jax import checkpoint, layers, memory, sharding, vit
 from kdgqa_jax.console import ProgressBar
 from kdgqa_jax.data import augment, pipeline, sources
 from kdgqa_jax.data.images import Preprocessing
@@ -218,6 +218,7 @@ def evaluate_directory(
     )
     dataset = pipeline.prepare(dataset, model.image_shape, config)
     examples = {"test": dataset.test, "train": dataset.train}[split]
+    memory.check_batch("--batch-size", batch_size, (*examples.shape, channels))
     eval_step = make_eval_step(model, *pipeline.statistics(config))
     variables = jax.device_put(variables, sharding.replicated(mesh))
     with ProgressBar("evaluate", -(-len(examples) // batch_size)) as bar:

@@ -1,10 +1,34 @@
-"""Memory of the host, where the C library is glibc."""
+"""Memory of the host: what there is, and what its C library does with it where that is glibc."""
 
 import contextlib
 import ctypes
+import math
 import os
+from collections.abc import Sequence
+
+from kdgqa_jax.errors import UserError
 
 _M_ARENA_MAX = -8  # of malloc.h
+
+
+def check_batch(name: str, images: int, shape: Sequence[int]) -> None:
+    """Raise UserError for a batch that this machine cannot hold even as bytes.
+
+    Args:
+      name: what the error calls the number of images.
+      images: in the part of the batch that is this machine's.
+      shape: of an image.
+    """
+    try:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # a system that does not tell
+        return
+    needed = images * math.prod(shape)
+    if needed > there:
+        raise UserError(
+            f"{name}={images} images of {'x'.join(map(str, shape))} take {needed / 2**30:.0f} GiB,"
+            f" more than the {there / 2**30:.0f} GiB of this machine; take a smaller batch"
+        )
 
 
 def share_arenas() -> None:

@@ -1,5 +1,6 @@
 """The mesh of devices and how arrays lie on it. One device is a mesh of one."""
 
+import math
 import re
 from typing import Any
 
@@ -115,8 +116,9 @@ def microbatches(batch_size: int, mesh: Mesh, at_least: int = 1, largest: int = 
     check_batch_size("batch_size", batch_size, mesh, at_least)
     per_device = batch_size // batch_devices(mesh)
     largest = largest or per_device
-    parts = range(at_least, per_device + 1)
-    return next(n for n in parts if per_device % n == 0 and per_device // n <= largest)
+    small = [n for n in range(1, math.isqrt(per_device) + 1) if per_device % n == 0]
+    divisors = (*small, *(per_device // n for n in small))
+    return min(n for n in divisors if n >= at_least and per_device // n <= largest)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

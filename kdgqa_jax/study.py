@@ -166,6 +166,7 @@ def _check_stage(study: Config, name: str, variants: tuple[str, ...]) -> sources
     for variant in variants:
         model = starting.build_model(_stage_config(study, stage, variant, study.seed), num_classes)
     prepared = pipeline.prepare(dataset, model.image_shape, data)
+    train.check_batches(stage, (*prepared.train.shape, channels))
     if data.on_device:
         pipeline.check_on_device(prepared.train)
     if stage.optim.freeze:

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,12 @@ def check(config: Config) -> jax.sharding.Mesh:
     return mesh
 
 
+def check_batches(config: Config, image_shape: Sequence[int]) -> None:
+    """Raise UserError for batches that this process cannot hold; images as hosts ship them."""
+    for name in ("batch_size", "eval_batch_size"):
+        memory.check_batch(name, config[name] // jax.process_count(), image_shape)
+
+
 def count_steps(config: Config, images: int) -> int:
     """Updates of a run on so many images. Raises UserError for more than a counter can hold."""
     steps = config.epochs * images / config.batch_size
@@ -138,6 +144,7 @@ def _train_and_evaluate(
     model = start.build()
     data.update(start.preprocessing)
     dataset = pipeline.prepare(dataset, model.image_shape, data)
+    check_batches(config, (*dataset.train.shape, channels))
     batches, fetch = pipeline.train_source(
         dataset.train, config.batch_size, config.seed, mesh, data.workers, data.on_device
     )

@@ -35,6 +35,28 @@ def test_bad_requests_are_told(capsys, arguments, says):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--config.optim.learning_rate=nan"], "optim.learning_rate=nan must be a finite number"),
+        (["--config.batch_size=0"], "batch_size=0 must be a positive multiple"),
+        (["--batch-size=2147483647"], "batch_size=2147483647 images of 224x224x3 take"),
+        (["--dtype=float33"], "dtype='float33' must be"),
+        (["--variants=gqa,nope"], "unknown attention variant 'nope'"),
+    ],
+)
+def test_bad_training_steps_are_told(capsys, arguments, says):
+    assert cli.main(["bench", "train", "--model=mu/16", "--steps=0", *arguments]) == 1
+    shown = capsys.readouterr().err
+    assert says in shown and shown.count("\n") == 1
+
+
+def test_a_conversion_that_fails_is_one_sentence(capfd):
+    assert cli.main(["bench", "convert", "--model=mu/16", "--pooling=svf"]) == 1
+    shown = capfd.readouterr().err
+    assert "failed (kdgqa convert: unknown pooling 'svf'" in shown and shown.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_conversion_is_measured(capsys):
     result = bench.bench_convert("Ti/16", "svd", calibration_images=2)

@@ -186,6 +186,7 @@ def test_parts_are_the_fewest_that_fit():
             if per_device % n == 0 and (per_device / n <= largest or not largest)
         ]
         assert sharding.microbatches(4 * per_device, mesh, at_least, largest) == fits[0]
+    assert sharding.microbatches(4 * 99_999_989, mesh, 1, 512) == 99_999_989  # a prime
 
 
 def test_images_are_mirrored_where_that_changes_nothing():

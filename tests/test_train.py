@@ -288,6 +288,8 @@ def test_unwritable_workdir_is_refused(tmp_path):
         ({"optim.schedule": "cosin"}, "did you mean 'cosine'"),
         ({"optim.learning_rate": 0.0}, "must be positive"),
         ({"batch_size": 0}, "batch_size=0 must be a positive multiple"),
+        ({"batch_size": 2**31 - 1}, r"batch_size=2147483647 images of 8x8x1 take \d+ GiB, more"),
+        ({"eval_batch_size": 2**31 - 1}, "eval_batch_size=2147483647 images"),
         ({"log_every": 0}, "log_every=0 must be positive"),
         ({"init": "/nowhere/model"}, "source /nowhere/model not found"),
     ],
