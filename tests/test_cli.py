@@ -361,3 +361,36 @@ def test_command_lines_drawn_at_random(tmp_path):
         assert not case.faults(), (case.faults(), case)
         statuses.add(case.status)
     assert statuses == {0, 1, 2}
+
+
+def _raises(arguments):
+    raise RuntimeError("out of cheese")
+
+
+def _litters(arguments):
+    pathlib.Path("litter").write_text("")
+
+
+def _says_two_things(arguments):
+    print("by the way", file=sys.stderr)
+    raise UserError("no")
+
+
+@pytest.mark.parametrize(
+    ("run", "fault"),
+    [
+        (_raises, "an error that nobody expected"),
+        (_litters, "stray files ['litter']"),
+        (_says_two_things, "2 lines on standard error"),
+        (lambda arguments: sys.exit(7), "status 7"),
+        (lambda arguments: print("Traceback"), "a traceback"),
+        (lambda arguments: None, None),
+    ],
+)
+def test_faults_of_a_command_are_seen(monkeypatch, tmp_path, run, fault):
+    command = dataclasses.replace(cli.COMMANDS["inspect"], run=run)
+    monkeypatch.setitem(cli.COMMANDS, "inspect", command)
+    (tmp_path / "inputs").mkdir()
+    place = tmp_path / "case"
+    case = fuzz_command_line.run(["inspect", "--checkpoint=IN"], tmp_path / "inputs", place, False)
+    assert case.faults()[:1] == ([fault] if fault else [])
