@@ -265,22 +265,22 @@ class GroupedQueryAttention(nn.Module):
         if self.variant.noise and (train or self.noise_at_eval):
             noise_rng = self.make_rng("noise")
         noise_options = (self.noise_scale, self.noise_distribution, self.noise_statistics)
-        out, maps = grouped_attention(
-            query,
-            key,
-            value,
-            index,
-            dropout_rate=self.attn_dropout if train else 0.0,
-            dropout_rng=self.make_rng("dropout") if train and self.attn_dropout > 0 else None,
-            transform_maps=None
-            if noise_rng is None or self.noise_target != "maps"
-            else lambda maps: noise.perturb_maps(noise_rng, maps, *noise_options),
-            implementation=self.implementation,
-            return_maps=True,
-        )
+        options = {
+            "dropout_rate": self.attn_dropout if train else 0.0,
+            "dropout_rng": self.make_rng("dropout") if train and self.attn_dropout > 0 else None,
+            "implementation": self.implementation,
+        }
+        if noise_rng is not None and self.noise_target == "maps":
+            options["transform_maps"] = lambda maps: noise.perturb_maps(
+                noise_rng, maps, *noise_options
+            )
+        if self.is_mutable_collection("intermediates") and not self.is_initializing():
+            out, maps = grouped_attention(query, key, value, index, **options, return_maps=True)
+            self._record("intermediates", maps=maps)
+        else:
+            out = grouped_attention(query, key, value, index, **options)
         if noise_rng is not None and self.noise_target == "output":
             out = noise.perturb_output(noise_rng, out, *noise_options)
-        self._record("intermediates", maps=maps)
         self._record("inputs", heads=out)
         out = nn.DenseGeneral(width, axis=(-2, -1), name="out", **common)(out)
         return nn.Dropout(self.dropout, deterministic=not train)(out)
@@ -320,6 +320,8 @@ class GroupedQueryAttention(nn.Module):
             norms = gradient.value
         else:
             per_example = self.allocation_scope == "example" and not variant.remembers
+            # Norms that no rule reads are averaged by whoever logs them: no layer waits for others.
+            per_example |= variant.rule is None and train
             importance = "l2" if self.importance == "gradient" else self.importance
             norms = alloc.key_head_norms(key, mask, per_example=per_example, importance=importance)
 

@@ -60,15 +60,23 @@ def calibration_error(count: Any, correct: Any, confidence: Any) -> float:
 
 @functools.lru_cache(maxsize=4)
 def make_eval_step(
-    model: vit.VisionTransformer, mean: augment.Statistic, std: augment.Statistic
+    model: vit.VisionTransformer,
+    mean: augment.Statistic,
+    std: augment.Statistic,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[..., Any]:
     """A jitted (variables, batch) -> sums over the real images, and the allocation of the batch.
 
     The same arguments give the same function, so that stages of a study share one compilation.
-    `mean` and `std` normalise pixel values in 0..1: a number, or a tuple of one per channel.
+
+    Args:
+      model: any variant.
+      mean: of pixel values in 0..1: a number, or a tuple of one per channel.
+      std: likewise.
+      mesh: of the devices that share a batch; None: one device.
     """
 
-    @jax.jit
+    @sharding.jit_for(mesh)
     def eval_step(variables: dict[str, Any], batch: dict[str, Array]) -> dict[str, Any]:
         labels, mask = batch["label"], batch["mask"]
         images = augment.to_model_input(batch["image"], model.image_shape, mean, std)
@@ -219,7 +227,7 @@ def evaluate_directory(
     dataset = pipeline.prepare(dataset, model.image_shape, config)
     examples = {"test": dataset.test, "train": dataset.train}[split]
     memory.check_batch("--batch-size", batch_size, (*examples.shape, channels))
-    eval_step = make_eval_step(model, *pipeline.statistics(config))
+    eval_step = make_eval_step(model, *pipeline.statistics(config), mesh)
     variables = jax.device_put(variables, sharding.replicated(mesh))
     with ProgressBar("evaluate", -(-len(examples) // batch_size)) as bar:
         result = evaluate(

@@ -4,18 +4,25 @@
     N  query heads       K  key/value heads     H  width of one head
     G  query heads per key/value head in the equal grouping (N/K)
 
-Residuals of the backward pass hold K key/value heads; the expansion to N heads exists only inside
-an operation and is made again where the backward pass needs it.
+Inside, queries are BTKGH. With a group index key/value heads are expanded to query heads: K stands
+for N then, and G for 1. Residuals of the backward pass hold K key/value heads; the expansion is
+made again where the backward pass needs it.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kdgqa_jax import sharding
 from kdgqa_jax.errors import unknown
 
 Array = jax.Array
+
+
+# --- key/value heads -> query heads -------------------------------------------------------------
 
 
 def _gather(x: Array, group_index: Array) -> Array:
@@ -25,14 +32,24 @@ def _gather(x: Array, group_index: Array) -> Array:
 
 
 def _one_hot(x: Array, group_index: Array) -> Array:
-    one_hot = jax.nn.one_hot(group_index, x.shape[2], dtype=x.dtype)  # the assignment mask
+    mask = jax.nn.one_hot(group_index, x.shape[2], dtype=x.dtype)
     equation = "BSKH,NK->BSNH" if group_index.ndim == 1 else "BSKH,BNK->BSNH"
-    return jnp.einsum(equation, x, one_hot, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum(equation, x, mask, precision=jax.lax.Precision.HIGHEST)
+
+
+def _block(x: Array, group_index: Array) -> Array:
+    # The mask times an identity over H (here J): one product that fills a matrix unit and leaves
+    # the layout of the heads as it is.
+    mask = jax.nn.one_hot(group_index, x.shape[2], dtype=x.dtype)
+    blocks = jnp.einsum("...NK,HJ->...KHNJ", mask, jnp.eye(x.shape[3], dtype=x.dtype))
+    equation = "BSKH,KHNJ->BSNJ" if group_index.ndim == 1 else "BSKH,BKHNJ->BSNJ"
+    return jnp.einsum(equation, x, blocks, precision=jax.lax.Precision.HIGHEST)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array], Array]] = {
-    "gather": _gather,
-    "one_hot": _one_hot,
+    "gather": _gather,  # by the group index
+    "one_hot": _one_hot,  # a contraction with the assignment mask
+    "block": _block,  # the same with a mask of whole heads
 }
 """How key/value heads are expanded to query heads: (BSKH, group index) -> BSNH."""
 
@@ -40,15 +57,139 @@ IMPLEMENTATIONS: dict[str, Callable[[Array, Array], Array]] = {
 def expand_heads(x: Array, group_index: Array, implementation: str | None = None) -> Array:
     """Key/value heads for every query head: BSKH and (N,) or (B, N) int -> BSNH.
 
-    `implementation` is a name in `IMPLEMENTATIONS`: a gather by the group index, or a contraction
-    with the assignment mask. Both give the same numbers. None takes the contraction: it feeds a
-    TPU's matrix unit, its gradient has a fixed order of summation on GPUs (that of the gather has
-    not), and on CPUs it was measured to need less memory at about the same speed (docs/method.md).
+    `implementation` is a name in `IMPLEMENTATIONS`, which all give the same numbers; None: that of
+    the platform in `FORMS`.
+
+    Raises ValueError for an unknown implementation.
     """
-    implementation = implementation or "one_hot"
+    implementation = _form(implementation).expansion
     if implementation not in IMPLEMENTATIONS:
         raise unknown("attention implementation", implementation, IMPLEMENTATIONS)
     return IMPLEMENTATIONS[implementation](x, group_index)
+
+
+# --- what suits a platform ----------------------------------------------------------------------
+
+
+class Form(NamedTuple):
+    """How attention is computed; the numbers are the same but for rounding.
+
+    Attributes:
+      expansion: a name in `IMPLEMENTATIONS`.
+      query: the order of the axes BTKGH of queries in the products.
+      key: the order of the axes BSKH of keys and values.
+    """
+
+    expansion: str
+    query: str = "BTKGH"
+    key: str = "BSKH"
+
+    @property
+    def scores(self) -> str:
+        """Query . key -> BKGTS."""
+        return f"{self.query},{self.key}->BKGTS"
+
+    @property
+    def mix(self) -> str:
+        """BKGTS . value -> the order of queries."""
+        return f"BKGTS,{self.key}->{self.query}"
+
+    @property
+    def source(self) -> str:
+        """BKGTS . query -> the order of keys."""
+        return f"BKGTS,{self.query}->{self.key}"
+
+    def rows(self, x: Array) -> Array:
+        """A number per row of the maps, BKGT1 -> the order of queries, H = 1."""
+        return jnp.einsum(f"BKGTH->{self.query}", x)
+
+
+FORMS: dict[str, Form] = {
+    # A gather is a copy there, and products want their contracted axes last.
+    "cpu": Form("gather", "BKGTH", "BKSH"),
+    # There is no fast gather; the matrix unit takes whole heads, and layouts are the compiler's.
+    "tpu": Form("block"),
+    # The gradient of a gather would have no fixed order of summation.
+    "gpu": Form("one_hot"),
+}
+"""By platform; the rest takes that of GPUs."""
+
+
+def _form(expansion: str | None = None) -> Form:
+    form = FORMS.get(sharding.platform(), FORMS["gpu"])
+    return form._replace(expansion=expansion) if expansion else form
+
+
+# --- attention without maps -----------------------------------------------------------------------
+
+
+def _expanded(x: Array, group_index: Array | None, form: Form) -> Array:
+    """Keys or values BSKH in the order of `form`; K = N with a group index."""
+    if group_index is not None:
+        x = expand_heads(x, group_index, form.expansion)
+    return jnp.einsum(f"BSKH->{form.key}", x)
+
+
+def _scores(query: Array, key: Array, mask: Array | None, form: Form) -> Array:
+    """Scaled query . key, very negative where masked: BKGTS float32."""
+    scores = jnp.einsum(form.scores, query, key, preferred_element_type=jnp.float32)
+    scores *= query.shape[-1] ** -0.5
+    return scores if mask is None else jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    group_index: Array | None,
+    mask: Array | None,
+    form: Form,
+) -> Array:
+    """Attention without maps: query in the order of `form`, key and value BSKH -> as query.
+
+    The derivative is written down because the automatic one keeps float32 maps and sums products
+    over T x S. With e the exponentials of the scores, r = 1 / sum(e) and o = r (e v), the gradient
+    of a score is e r (do . v - do . o): its row sum is over the head width alone. What is kept of
+    order T x S is e, in the dtype of the values.
+    """
+    return _attend_forward(query, key, value, group_index, mask, form)[0]
+
+
+def _attend_forward(query, key, value, group_index, mask, form):
+    keys, values = (_expanded(x, group_index, form) for x in (key, value))
+    scores = _scores(query, keys, mask, form)
+    exponentials = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    inverse = form.rows(1.0 / jnp.sum(exponentials, axis=-1, keepdims=True))
+    exponentials = exponentials.astype(value.dtype)
+    out = jnp.einsum(form.mix, exponentials, values, preferred_element_type=jnp.float32)
+    out = (out * inverse).astype(value.dtype)
+    return out, (query, key, value, group_index, mask, exponentials, inverse, out)
+
+
+def _attend_backward(form, kept, out_grad):
+    query, key, value, group_index, mask, exponentials, inverse, out = kept
+    expand = functools.partial(_expanded, group_index=group_index, form=form)
+    (keys, to_key), (values, to_value) = (jax.vjp(expand, x) for x in (key, value))
+    out_grad = out_grad.astype(jnp.float32) * inverse
+    row = jnp.sum(out_grad * out.astype(jnp.float32), axis=-1, keepdims=True)
+    row = jnp.einsum(f"{form.query}->BKGTH", row)  # BKGT1
+    out_grad = out_grad.astype(value.dtype)
+    grad = jnp.einsum(form.scores, out_grad, values, preferred_element_type=jnp.float32)
+    grad = (grad - row) * exponentials.astype(jnp.float32) * query.shape[-1] ** -0.5
+    if mask is not None:  # a row without any token has exponentials that no score moves
+        grad = jnp.where(mask, grad, 0.0)
+    grad = grad.astype(query.dtype)
+    query_grad = jnp.einsum(form.mix, grad, keys)
+    (key_grad,) = to_key(jnp.einsum(form.source, grad, query))
+    (value_grad,) = to_value(jnp.einsum(form.source, exponentials, out_grad))
+    return query_grad, key_grad, value_grad, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+# --- grouped attention --------------------------------------------------------------------------
 
 
 def _check_shapes(query: Array, key: Array, value: Array, group_index: Array | None) -> None:
@@ -68,41 +209,6 @@ def _check_shapes(query: Array, key: Array, value: Array, group_index: Array | N
         )
 
 
-def _scores(
-    query: Array, key: Array, group_index: Array | None, implementation: str | None
-) -> Array:
-    """query . key in float32: BNTS."""
-    accumulate = {"preferred_element_type": jnp.float32}
-    if group_index is not None:
-
-        @jax.checkpoint  # keeps K heads: the expansion is made again in the backward pass
-        def dynamic(query, key):
-            key = expand_heads(key, group_index, implementation)
-            return jnp.einsum("BTNH,BSNH->BNTS", query, key, **accumulate)
-
-        return dynamic(query, key)
-    batch, length, num_heads, width = query.shape
-    query = query.reshape(batch, length, key.shape[2], -1, width)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", query, key, **accumulate)
-    return scores.reshape(batch, num_heads, length, key.shape[1])
-
-
-def _mix(maps: Array, value: Array, group_index: Array | None, implementation: str | None) -> Array:
-    """The values weighted by the maps: BTNH."""
-    if group_index is not None:
-
-        @jax.checkpoint
-        def dynamic(maps, value):
-            value = expand_heads(value, group_index, implementation)
-            return jnp.einsum("BNTS,BSNH->BTNH", maps, value)
-
-        return dynamic(maps, value)
-    batch, num_heads, length, source = maps.shape
-    maps = maps.reshape(batch, value.shape[2], -1, length, source)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", maps, value)
-    return out.reshape(batch, length, num_heads, -1)
-
-
 def grouped_attention(
     query: Array,
     key: Array,
@@ -119,7 +225,10 @@ def grouped_attention(
     """Attention in which query head n uses key/value head group_index[n].
 
     Differentiable in query, key and value. Scores and softmax are float32 whatever the input dtype.
-    All shapes are static: one compilation serves every group index.
+    All shapes are static: one compilation serves every group index. Attention maps are made only
+    for `return_maps`, `transform_maps` and dropout; without them the backward pass keeps one array
+    of their size, in the dtype of the inputs, and there is no forward-mode derivative (`jax.jvp`;
+    forward over reverse works).
 
     Args:
       query: BTNH.
@@ -142,17 +251,43 @@ def grouped_attention(
       ValueError: shapes that do not fit together, an unknown implementation, dropout without key.
     """
     _check_shapes(query, key, value, group_index)
-    scores = _scores(query, key, group_index, implementation) * query.shape[-1] ** -0.5
+    batch, length, num_heads, width = query.shape
+    num_kv_heads = key.shape[2] if group_index is None else num_heads
+    groups = (num_kv_heads, num_heads // num_kv_heads)  # K, G
+    form = _form(implementation)
+    query = jnp.einsum(f"BTKGH->{form.query}", query.reshape(batch, length, *groups, width))
     if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    maps = jax.nn.softmax(scores, axis=-1)
-    if transform_maps is not None:
-        maps = transform_maps(maps)
-    if dropout_rate > 0.0:
-        if dropout_rng is None:
-            raise ValueError("dropout_rate > 0 needs a dropout_rng")
-        kept = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, maps.shape)
-        maps = jnp.where(kept, maps / (1.0 - dropout_rate), 0.0)
-    maps = maps.astype(value.dtype)
-    out = _mix(maps, value, group_index, implementation)
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)  # broadcasts to BNTS
+        heads = groups if mask.shape[1] == num_heads else (1, 1)
+        mask = mask.reshape(mask.shape[0], *heads, *mask.shape[2:])  # broadcasts to BKGTS
+
+    maps = None
+    if return_maps or transform_maps is not None or dropout_rate > 0.0:
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)  # keeps K heads
+        def scores(query: Array, key: Array) -> Array:
+            return _scores(query, _expanded(key, group_index, form), mask, form)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def mix(maps: Array, value: Array) -> Array:
+            return jnp.einsum(form.mix, maps, _expanded(value, group_index, form))
+
+        maps = jax.nn.softmax(scores(query, key), axis=-1)
+        maps = maps.reshape(batch, num_heads, *maps.shape[3:])  # BNTS
+        if transform_maps is not None:
+            maps = transform_maps(maps)
+        maps = _dropped(maps, dropout_rate, dropout_rng).astype(value.dtype)
+        out = mix(maps.reshape(batch, *groups, *maps.shape[2:]), value)
+    else:
+        out = _attend(query, key, value, group_index, mask, form)
+    out = jnp.einsum(f"{form.query}->BTKGH", out).reshape(batch, length, num_heads, width)
     return (out, maps) if return_maps else out
+
+
+def _dropped(maps: Array, rate: float, rng: Array | None) -> Array:
+    if rate == 0.0:
+        return maps
+    if rng is None:
+        raise ValueError("dropout_rate > 0 needs a dropout_rng")
+    kept = jax.random.bernoulli(rng, 1.0 - rate, maps.shape)
+    return jnp.where(kept, maps / (1.0 - rate), 0.0)

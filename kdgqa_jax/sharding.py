@@ -1,7 +1,9 @@
 """The mesh of devices and how arrays lie on it. One device is a mesh of one."""
 
+import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -79,6 +81,51 @@ def by_rules(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(of, tree)
+
+
+# --- inside of a program that is traced ---------------------------------------------------------
+
+
+def jit_for(
+    mesh: Mesh | None, **options: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`jax.jit` with `options` for a mesh, which `split_batch` and `platform` see while it traces.
+
+    A program that is compiled ahead of time for other devices is so made for their platform. None:
+    plain `jax.jit`.
+    """
+    if mesh is None:
+        return functools.partial(jax.jit, **options)
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def traced(*arguments: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*arguments)
+
+        return jax.jit(traced, **options)
+
+    return decorate
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """The same activations, split over the devices by their leading axis and by no other.
+
+    Without this the partitioner may follow a parameter that is split over `fsdp`: it gathers the
+    batch and splits the model width instead. Outside of `jit_for` nothing happens.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = set(AXES) <= set(mesh.axis_names) and mesh.are_all_axes_auto
+    return jax.lax.with_sharding_constraint(x, _BATCH) if automatic else x
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": that of `jit_for`, else that of JAX's default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+# --- batches ------------------------------------------------------------------------------------
 
 
 def batch_devices(mesh: Mesh) -> int:

@@ -324,7 +324,7 @@ def _convert(study: Config, entry: Entry, config: Config, place: pathlib.Path) -
     }
     checkpoint.save_model(place / "model", variables, description)
 
-    eval_step = make_eval_step(model, *pipeline.statistics(data))
+    eval_step = make_eval_step(model, *pipeline.statistics(data), mesh)
     result = evaluate(eval_step, variables, dataset.test, config.eval_batch_size, mesh)
     return {**result, "steps": 0, "seconds": time.monotonic() - started}
 

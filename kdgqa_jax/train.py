@@ -196,7 +196,7 @@ def _train_and_evaluate(
 
     # --- Loop -----------------------------------------------------------------------------------
     train_step = make_train_step(model, step_config(config), num_steps, mesh)
-    eval_step = make_eval_step(model, *pipeline.statistics(data))
+    eval_step = make_eval_step(model, *pipeline.statistics(data), mesh)
     schedule = optim.make_schedule(config.optim, num_steps)
     first_step = int(state.step)
     writer = MetricsWriter(

@@ -104,6 +104,7 @@ def make_train_step(
     else:
         gradients = functools.partial(_gradients, model)
 
+    @sharding.jit_for(mesh, donate_argnums=0)
     def train_step(state: TrainState, batch: dict[str, Array]):
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         dropout_rng, noise_rng, augment_rng = jax.random.split(rng, 3)
@@ -152,7 +153,7 @@ def make_train_step(
             constrain(metrics, sharding.replicated(mesh)),
         )
 
-    return jax.jit(train_step, donate_argnums=0)
+    return train_step
 
 
 def _average(ema: Tree, params: Tree, step: Array, decay: float) -> Tree:
@@ -201,7 +202,7 @@ def _gradients(
     for k in (1, 5):
         metrics[f"top{k}"] = 100 * jnp.mean(correct_in_top(logits, batch["labels"], k))
     for name in ("key_norm", "allocation"):
-        x = grouping[name]  # (L, K); in example scope (L, B, K), logged as the mean over the batch
+        x = grouping[name]  # (L, K), or by image (L, B, K): logged as the mean over the batch
         metrics[name] = x.mean(axis=1) if x.ndim == 3 else x
     return grads, collections.get("norm_stats", {}), metrics
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict
 
+from kdgqa_jax import sharding
 from kdgqa_jax.attention import GroupedQueryAttention, variant_name
 from kdgqa_jax.block import Block, layer_norm
 from kdgqa_jax.errors import UserError, check_rates, unknown
@@ -206,6 +207,7 @@ class VisionTransformer(nn.Module):
     ) -> Array:
         """All tokens BTD, after the final norm where `pool` is "token". Arguments as `__call__`."""
         x = self.pos_dropout(self.embed(images), deterministic=not train)
+        x = sharding.split_batch(x)
         rates = [self.drop_path * i / max(self.depth - 1, 1) for i in range(self.depth)]
         if self.scan_layers:
             rates = jnp.asarray(rates, jnp.float32) if self.drop_path else None

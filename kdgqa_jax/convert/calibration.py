@@ -37,7 +37,7 @@ def make_moments_step(
     maps are used and forgotten: none is an output of the program.
     """
 
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    @sharding.jit_for(mesh, out_shardings=sharding.replicated(mesh))
     def moments_step(variables: dict[str, Any], batch: dict[str, Array]) -> dict[str, Any]:
         _, collections = model.apply(
             variables,

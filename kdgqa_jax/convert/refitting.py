@@ -166,7 +166,7 @@ def _make_steps(
         heads = collections["inputs"]["attn"]["heads"].astype(jnp.float32)
         return out, heads.reshape(*heads.shape[:2], -1)
 
-    @functools.partial(jax.jit, out_shardings=(split, sharding.replicated(mesh)))
+    @sharding.jit_for(mesh, out_shardings=(split, sharding.replicated(mesh)))
     def observe(old: Variables, new: Variables, x: Array, y: Array, mask: Array):
         exact = {"precision": jax.lax.Precision.HIGHEST}
         out, heads = run(before, old, x, mask)
@@ -190,7 +190,7 @@ def _make_steps(
             "target": jnp.sum(jnp.square(b), axis=(0, 1)),
         }
 
-    @functools.partial(jax.jit, out_shardings=split)
+    @sharding.jit_for(mesh, out_shardings=split)
     def go_on(variables: Variables, x: Array, mask: Array):
         return run(after, variables, x, mask)[0]
 
