@@ -22,7 +22,7 @@ from orbax.checkpoint import v1 as ocp
 
 from kdgqa_jax import model_json, paths, processes, vit, workdir
 from kdgqa_jax.console import say
-from kdgqa_jax.errors import UserError, one_line
+from kdgqa_jax.errors import UserError, one_line, printable
 
 WEIGHTS = "weights.safetensors"
 
@@ -332,7 +332,8 @@ def check_arrays(what: str, there: dict[str, Any], expected: dict[str, Any]) -> 
     """
     here, there = (flatten_dict(tree, sep="/") for tree in (expected, there))
     wrong = [
-        f"{name} ({_shown(there.get(name))} there, {_shown(here.get(name))} expected)"
+        f"{printable(name)[:200]} ({_shown(there.get(name))} there,"
+        f" {_shown(here.get(name))} expected)"
         for name in sorted(here.keys() | there.keys())
         if _shown(there.get(name)) != _shown(here.get(name))
     ]

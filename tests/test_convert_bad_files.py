@@ -138,10 +138,12 @@ def test_all_missing_and_left_over_names_are_told_at_once(capsys, tmp_path, weig
 def test_all_wrong_shapes_are_told_at_once(capsys, tmp_path, weights):
     weights["blocks.0.attn.proj.weight"] = np.zeros((48, 40), np.float32)
     weights["norm.bias"] = np.zeros(47, np.float32)
+    weights["blocks.1.attn.qkv.bias"] = np.zeros((144, 1), np.float32)  # of the same size
     save_file(weights, tmp_path / "a.safetensors")
     said = refused(capsys, tmp_path, tmp_path / "a.safetensors", "--num-heads", "6")
     assert "blocks.0.attn.proj.weight (48, 40) does not give blocks_0/attn/out/kernel" in said
     assert "norm.bias (47,) does not give norm/bias (48,)" in said
+    assert "blocks.1.attn.qkv.bias (144, 1) does not give blocks_1/attn/key/bias" in said
 
 
 def test_nan_is_named_and_can_be_allowed(capsys, tmp_path, weights):
@@ -302,77 +304,20 @@ def test_a_name_on_the_hub_without_a_network(capsys, tmp_path, monkeypatch):
     assert "hf:someone/nothing could not be fetched" in said and "is not in its cache" in said
 
 
-# --- fuzz ---------------------------------------------------------------------------------------
-
-
-def _tiny_weights():
-    """A ViT of one layer in timm's layout."""
-    model = vit.create("custom/4", width=8, depth=1, num_heads=2, mlp_width=8, image_size=8,
-                       num_classes=3)  # fmt: skip
-    variables = helpers.randomise(vit.init_variables(model, jax.random.key(0)))
-    return model, variables
+# --- sound ones ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """A sound checkpoint of each kind."""
+    """A folder with a sound model directory, `ours`."""
     folder = tmp_path_factory.mktemp("sound")
-    model, variables = _tiny_weights()
     options = {"name": "custom/4", "width": 8, "depth": 1, "num_heads": 2, "mlp_width": 8,
                "image_size": 8, "num_classes": 3, "attention": "mha"}  # fmt: skip
+    variables = helpers.randomise(vit.init_variables(vit.create(**options), jax.random.key(0)))
     description = {"model": options, "channels": 3, "class_names": ["a", "b", "c"],
                    "preprocessing": {"mean": 0.5, "std": 0.5}}  # fmt: skip
     checkpoint.save_model(folder / "ours", variables, description)
-    convert.export(folder / "ours", folder / "ours.safetensors")
-    arrays = convert.to_pytorch(model, variables)
-    save_file(arrays, folder / "plain.safetensors")
-    torch.save({name: torch.tensor(x) for name, x in arrays.items()}, folder / "a.pth")
-    np.savez(folder / "a.npz", **arrays)
     return folder
-
-
-def _mutate(path, rng):
-    """Flip some bytes, cut the file, or put other letters into names."""
-    content = bytearray(path.read_bytes()) or bytearray(b"?")
-    kind = rng.integers(3)
-    if kind == 0:
-        for position in rng.integers(len(content), size=rng.integers(1, 20)):
-            content[position] = rng.integers(256)
-    elif kind == 1:
-        content = content[: rng.integers(len(content))]
-    else:
-        name = [b"blocks", b"weight", b"norm", b"attn", b"pos_embed", b"model", b"width"]
-        old = name[rng.integers(len(name))]
-        content = content.replace(old, bytes(old[::-1]), int(rng.integers(1, 4)))
-    path.write_bytes(bytes(content))
-
-
-FILES = ("ours.safetensors", "plain.safetensors", "a.pth", "a.npz", "ours")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-def test_mutated_files_are_refused_or_read(sound, tmp_path, name):
-    """40 mutations of each kind of file: 200 in all."""
-    refusals = 0
-    for seed in range(40):
-        rng = np.random.default_rng([seed, FILES.index(name)])
-        source = tmp_path / str(seed) / name
-        source.parent.mkdir()
-        if (sound / name).is_dir():
-            subprocess.run(["cp", "-r", sound / name, source], check=True)
-            files = sorted(p for p in source.rglob("*") if p.is_file())
-            _mutate(files[rng.integers(len(files))], rng)
-        else:
-            source.write_bytes((sound / name).read_bytes())
-            _mutate(source, rng)
-        try:
-            converted = convert.load(source, num_heads=2, allow_nan=True)
-            assert converted.model.width == 8
-        except UserError as error:
-            assert "\n" not in str(error) and str(source.parent) in str(error)
-            refusals += 1
-    assert refusals >= 8
 
 
 # --- kills --------------------------------------------------------------------------------------

@@ -200,7 +200,6 @@ def _parameters(
     report: ConversionReport,
 ) -> Flat:
     """All parameters of `model`; raises UserError for whatever has another shape."""
-
     try:
         shapes = vit.variable_shapes(model, channels)["params"]
     except Exception as error:  # options that only building a model finds to be wrong
@@ -215,12 +214,12 @@ def _parameters(
             report.renew(path, "missing, as allowed: newly initialised")
             continue
         transform, array = file.layout.transform(path), file.arrays[name]
-        try:
+        like = np.broadcast_to(np.float32(0), shapes[path].shape)  # of no memory
+        expected = transform.write(like).shape
+        expected = expected if third is None else (3 * expected[0], *expected[1:])
+        if array.shape == expected:
             params[path] = transform.read(_part(array, third), head_width)
-            fits = params[path].shape == shapes[path].shape
-        except (ValueError, IndexError):
-            fits = False
-        if not fits:
+        else:
             wrong.append(f"{name} {array.shape} does not give {path} {shapes[path].shape}")
         part = "" if third is None else f"{('first', 'second', 'last')[third]} third"
         report.add(path, name, part, transform.how)
@@ -278,11 +277,13 @@ def _stated_norm_stats(
 
 def _class_names(source: files.Source, num_classes: int) -> list[str]:
     """From metadata or config.json (Hugging Face: id2label, timm: label_names), else numbers."""
-    names = source.metadata.get("class_names", source.config.get("label_names"))
-    labels = source.config.get("id2label")
-    labels = names if isinstance(names, dict) else labels
-    if isinstance(labels, dict) and not source.metadata:
-        names = [labels.get(str(i)) for i in range(num_classes)]
+    if source.metadata:
+        names = source.metadata.get("class_names")
+    else:
+        config = {**(source.config.get("pretrained_cfg") or {}), **source.config}
+        names = config.get("label_names", config.get("id2label"))
+    if isinstance(names, dict):
+        names = [names.get(str(i)) for i in range(num_classes)]
     if not isinstance(names, list) or len(names) != num_classes or None in names:
         names = range(num_classes)
     return [str(name) for name in names]
