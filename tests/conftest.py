@@ -4,6 +4,7 @@ JAX reads its settings from the environment when it is imported. So nothing here
 `pytest_configure` has run: fixtures that need it import it themselves.
 """
 
+import importlib.metadata
 import os
 import shutil
 import socket
@@ -27,7 +28,11 @@ def pytest_configure(config):
     users do.
     """
     assert "jax" not in sys.modules, "a plugin has imported jax: its settings would come too late"
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones lack the flag
+            flags = os.environ.get("XLA_FLAGS", "")
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
     if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.compilation_cache = tempfile.mkdtemp(prefix="kdgqa_tests_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compilation_cache

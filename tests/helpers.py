@@ -26,7 +26,10 @@ RNGS = ("dropout", "noise")
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):
     FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False  # an option that later versions lack
-AS_USERS_COMPILE = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+AS_USERS_COMPILE = {
+    name: {"xla_backend_optimization_level": 3}.get(name, not value)
+    for name, value in FAST_COMPILE.items()
+}
 
 
 def fast_jit(function, **options):
