@@ -39,6 +39,7 @@ def get_config(arg=""):
     return config
 """
 TIMES = ("images_per_second", "step_seconds", "data_seconds")
+GROUPING = ("allocation", "key_norm", "loss")
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +283,7 @@ def start_two(config_file, workdir, *flags, arg):
             str(i),
             *flags,
             arg=arg,
-            devices=4,
+            devices=2,
         )
         for i in range(2)
     ]
@@ -290,13 +291,14 @@ def start_two(config_file, workdir, *flags, arg):
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(config_file, tmp_path):
-    """Data parallel and FSDP; the first of them, or the other, is killed, and both resume."""
-    arg, meshes = "steps=10,every=2", {"data": (), "fsdp": ("--config.mesh.fsdp=8",)}
-    finish(start(config_file, tmp_path / "one", arg=arg))
-    for victim, (name, flags) in enumerate(meshes.items()):
-        processes = start_two(config_file, tmp_path / name, *flags, arg=arg)
+    """Data parallel, then FSDP: one process is killed, then the other, and both resume."""
+    arg, together, alone = "steps=10,every=2", tmp_path / "two", tmp_path / "one"
+    fsdp = ("--config.mesh.fsdp=4",)
+    finish(start(config_file, alone, arg=arg))
+    for victim, (step, flags) in enumerate([(3, ()), (7, fsdp)]):
+        processes = start_two(config_file, together, *flags, arg=arg)
         left = processes[1 - victim]
-        wait_for_step(left, tmp_path / name, 5)
+        wait_for_step(left, together, step)
         os.killpg(processes[victim].pid, signal.SIGKILL)
         killed = time.monotonic()
         _, err = left.communicate(timeout=90)
@@ -305,25 +307,27 @@ def test_two_processes_compute_what_one_does(config_file, tmp_path):
         last = err.strip().splitlines()[-1]
         assert "of this run has ended" in last and "start all of them again" in last
         processes[victim].communicate()
-        out = finish_both(start_two(config_file, tmp_path / name, *flags, arg=arg))
-        assert "resuming from step" in out
+    out = finish_both(start_two(config_file, together, *fsdp, arg=arg))
+    assert "resuming from step" in out
 
-    _, one, _ = checkpoint.load_model(tmp_path / "one" / "model")
-    for name in meshes:
-        _, two, _ = checkpoint.load_model(tmp_path / name / "model")
-        helpers.assert_close(one, two, 1e-5)
-        pairs = list(zip(records(tmp_path / "one"), records(tmp_path / name), strict=True))
-        assert all(a["allocation"] == b["allocation"] for a, b in pairs)
-        assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in pairs)
-        norms = [(a["key_norm"], b["key_norm"]) for a, b in pairs if "key_norm" in a]
-        helpers.assert_close(*map(np.array, zip(*norms, strict=True)), 1e-5)  # of the global batch
+    one, two = (checkpoint.load_model(run / "model")[1] for run in (alone, together))
+    helpers.assert_close(one["norm_stats"], two["norm_stats"], 1e-5)
+    # What key biases gain is rounding alone: their gradient is zero.
+    scale = helpers.largest(one["params"])
+    helpers.assert_close(one["params"], two["params"], 1e-6, scale=scale)
+    ones, twos = (
+        {name: np.array([r[name] for r in records(run) if name in r]) for name in GROUPING}
+        for run in (alone, together)
+    )
+    helpers.assert_close(ones, twos, 1e-5)  # norms are those of the global batch
+    assert ones["loss"].shape == (11,) and ones["key_norm"].shape == (10, 4, 4)
     # Another number of devices and another mesh restore it.
-    shutil.rmtree(tmp_path / "fsdp" / "model")
-    before = json.loads((tmp_path / "fsdp" / "result.json").read_text())
-    (tmp_path / "fsdp" / "result.json").unlink()
-    finish(start(config_file, tmp_path / "fsdp", arg=arg))
-    after = json.loads((tmp_path / "fsdp" / "result.json").read_text())
-    assert after["loss"] == pytest.approx(before["loss"], abs=1e-6)
+    shutil.rmtree(together / "model")
+    before = json.loads((together / "result.json").read_text())
+    (together / "result.json").unlink()
+    finish(start(config_file, together, arg=arg))
+    after = json.loads((together / "result.json").read_text())
+    assert after["loss"] == pytest.approx(before["loss"], rel=1e-6)
 
 
 def finish_both(processes):
