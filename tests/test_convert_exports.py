@@ -25,7 +25,7 @@ def test_a_share_of_the_sweep(tmp_path):
     counts, wrong = sweep_exports.sweep(cases, tmp_path)
     assert wrong == []
     assert counts["safetensors: equal"] == counts["directory: equal"] == len(cases)
-    assert counts["logits compared"] >= len(cases)
+    assert counts["logits compared"] >= 3
 
 
 def assert_same_model(path, again):
