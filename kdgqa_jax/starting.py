@@ -19,18 +19,6 @@ from kdgqa_jax.convert import heads
 from kdgqa_jax.data import pipeline
 from kdgqa_jax.errors import UserError
 
-OF_THE_RUN = (
-    "dropout",
-    "attn_dropout",
-    "drop_path",
-    "scan_layers",
-    "remat",
-    "dtype",
-    "param_dtype",
-    "implementation",
-)
-"""Fields of `config.model` that say how to train, not what: always those of the config."""
-
 CONVERTED = ("attention", "num_kv_heads", "image_size")
 """Fields that a model can be converted to."""
 
@@ -98,13 +86,13 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
     followed = {
         name: value
         for name, value in model.items()
-        if name in config.model and name not in asked and name not in OF_THE_RUN
+        if name in config.model and name not in asked and name not in vit.OF_THE_RUN
         if value != config.model[name]
     }
     model = {
         **model,
         **{k: v for k, v in asked.items() if k not in ("name", *CONVERTED)},
-        **{name: config.model[name] for name in OF_THE_RUN},
+        **{name: config.model[name] for name in vit.OF_THE_RUN},
     }
     theirs = found.description["preprocessing"]
     for name, value in preprocessing.items():
@@ -114,7 +102,7 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
                 followed[name] = preprocessing[name]
     built = vit.create(**model)
     memory = found.variables.get("norm_stats", {})
-    memory, _ = heads.fit_norm_stats(found.model, memory, built, channels)
+    memory, _ = heads.fit_norm_stats(found.model, memory, built)
     params = layers.cast(found.variables["params"], built.param_dtype)
     layout = layers.stack_layers if built.scan_layers else layers.unstack_layers
     variables = {"params": layout(params), "norm_stats": layout(memory)}
@@ -148,7 +136,7 @@ def _asked(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {
         name: value
         for name, value in config.model.items()
-        if value != defaults[name] and name not in OF_THE_RUN
+        if value != defaults[name] and name not in vit.OF_THE_RUN
     }
 
 

@@ -313,7 +313,7 @@ def _convert(study: Config, entry: Entry, config: Config, place: pathlib.Path) -
     )
     variables = {
         "params": grouped.params,
-        "norm_stats": vit.init_norm_stats(model, description["channels"]),
+        "norm_stats": vit.init_norm_stats(model),
     }
     description["model"] = {**config.model.to_dict(), "num_classes": model.num_classes}
     description["converted"] = {

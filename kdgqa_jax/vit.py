@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from kdgqa_jax import sharding
+from kdgqa_jax import layers, sharding
 from kdgqa_jax.attention import GroupedQueryAttention, variant_name
 from kdgqa_jax.block import Block, layer_norm
 from kdgqa_jax.errors import UserError, check_rates, unknown
@@ -41,6 +41,18 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of projections
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block only
 }
+
+OF_THE_RUN = (
+    "dropout",
+    "attn_dropout",
+    "drop_path",
+    "scan_layers",
+    "remat",
+    "dtype",
+    "param_dtype",
+    "implementation",
+)
+"""Options that say how to train and compute, not what: a run takes them from its own config."""
 
 _COLLECTIONS = ("params", "norm_stats", "given", "grouping", "intermediates", "inputs")
 
@@ -394,14 +406,16 @@ def variable_shapes(model: VisionTransformer, channels: int = 3) -> dict[str, An
     return {name: unstacked(tree) for name, tree in shapes.items()}
 
 
-def init_norm_stats(model: VisionTransformer, channels: int = 3) -> dict[str, Any]:
+def init_norm_stats(model: VisionTransformer) -> dict[str, Any]:
     """The collection `norm_stats` as it starts: no norms, equal allocations; {} without memory."""
-    if not GroupedQueryAttention(**model.attention).has_memory:
+    layer = GroupedQueryAttention(**model.attention)
+    if not layer.has_memory:
         return {}
+    tokens = jnp.zeros((1, 1, model.width))
     # Parameters are not returned, so none is computed.
-    return jax.jit(
-        lambda: init_variables(model, jax.random.key(0), channels).get("norm_stats", {})
-    )()
+    memory = jax.jit(lambda: layer.init(jax.random.key(0), tokens)["norm_stats"])()
+    blocks = {f"blocks_{i}": {"attn": jax.tree.map(jnp.copy, memory)} for i in range(model.depth)}
+    return layers.stack_layers(blocks) if model.scan_layers else blocks
 
 
 def apply_in_evaluation(

@@ -228,7 +228,10 @@ def sweep(cases: list[Case], folder: pathlib.Path) -> tuple[collections.Counter,
     counts: collections.Counter = collections.Counter()
     wrong = []
     for done, case in enumerate(cases, 1):
-        wrong += check(case, folder, counts)
+        found = check(case, folder, counts)
+        wrong += found
+        for sentence in found:
+            print(sentence, file=sys.stderr)
         if done % 100 == 0:
             print(f"{done} of {len(cases)} models, {len(wrong)} wrong", file=sys.stderr)
             jax.clear_caches()  # every program of every model, else
@@ -248,8 +251,6 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         counts, wrong = sweep(cases, pathlib.Path(folder))
-    for sentence in wrong[:20]:
-        print(sentence)
     print(f"{count} models, {time.monotonic() - started:.0f} s")
     for name, n in sorted(counts.items()):
         print(f"{name}: {n}")

@@ -120,6 +120,16 @@ def test_a_released_file_is_named_after_its_variant(tmp_path, attention, num_kv_
     assert again.model == convert.load(path).model
 
 
+def test_a_config_that_lies_beside_the_file_counts(tmp_path):
+    """Its reader takes what a file does not say from there."""
+    path = model_directory(tmp_path / "model", "gqa", num_kv_heads=3)
+    (tmp_path / "config.json").write_text('{"layer_norm_eps": 1e-5}')
+    with pytest.raises(UserError, match="cannot say norm_epsilon=1e-06"):
+        convert.export(path, tmp_path / "gqa.pth", "released")
+    convert.export(path, tmp_path / "gqa.safetensors")
+    assert_same_model(path, tmp_path / "gqa.safetensors")
+
+
 def test_options_of_other_variants_and_of_training_are_no_obstacle(tmp_path):
     """The study gives every variant the window and the dropout of its config."""
     free = {"window": 7, "noise_scale": 0.5, "dropout": 0.1, "scan_layers": True, "remat": "full"}

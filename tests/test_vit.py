@@ -396,3 +396,14 @@ def test_images_of_another_size_are_refused(shape):
     model = tiny_vit()
     with pytest.raises(UserError, match=r"expected images \(batch, 8, 8, channels\), got shape"):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("options", [{}, {"importance": "gradient"}])
+def test_a_new_memory_is_that_of_an_initialisation(options, scan_layers):
+    for attention in ("gqa", "kdgqa", "dgqa_ema"):
+        model = helpers.tiny_vit(attention, scan_layers=scan_layers, **options)
+        expected = jax.eval_shape(lambda m=model: vit.init_variables(m, jax.random.key(0), 1))
+        found = vit.init_norm_stats(model)
+        expected = helpers.random_variables(expected).get("norm_stats", {})
+        jax.tree.map(np.testing.assert_array_equal, found, expected)

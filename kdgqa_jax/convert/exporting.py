@@ -15,22 +15,13 @@ from flax.traverse_util import flatten_dict
 
 from kdgqa_jax import checkpoint, layers, vit, workdir
 from kdgqa_jax.attention import VARIANTS
-from kdgqa_jax.convert import foreign
-from kdgqa_jax.convert.files import Source
+from kdgqa_jax.convert import files, foreign
 from kdgqa_jax.convert.formats import METADATA_KEY, Arrays
 from kdgqa_jax.convert.layouts import LAYOUTS
 from kdgqa_jax.errors import UserError, unknown
 
-_FREE = (
-    "dropout",
-    "attn_dropout",
-    "drop_path",
-    "scan_layers",
-    "remat",
-    "implementation",
-    "param_dtype",
-)
-"""Options that a file need not say: predictions of the same numbers do not depend on them."""
+_UNSAID = set(vit.OF_THE_RUN) - {"dtype"}
+"""Options that a file need not say: no prediction depends on them but for rounding."""
 
 
 def to_pytorch(
@@ -105,8 +96,7 @@ def export(directory: str | os.PathLike, path: str | os.PathLike, to: str = "saf
     path = workdir.check_new(path)
     model, variables, description = checkpoint.load_model(directory)
     arrays, metadata, write = writers[to](model, variables, description)
-    lost = _lost(Source(path, arrays, {}, {}, metadata), model, variables)
-    if lost:
+    if lost := _lost(path, arrays, metadata, model, variables):
         kind, remedy = "safetensors file", "keep the model directory"
         if to == "released":
             kind, remedy = "file of the released code", "--to safetensors keeps everything"
@@ -156,19 +146,27 @@ def _released(
     return arrays, {}, write
 
 
-def _lost(source: Source, model: vit.VisionTransformer, variables: dict[str, Any]) -> list[str]:
-    """What of a model would be another one, unnoticed, when `source` is read: in words."""
-    if any(x.dtype.itemsize > 4 for x in source.arrays.values()):  # files are read as float32
+def _lost(
+    path: pathlib.Path,
+    arrays: Arrays,
+    metadata: dict[str, Any],
+    model: vit.VisionTransformer,
+    variables: dict[str, Any],
+) -> list[str]:
+    """What of a model would be another one, unnoticed, when the file at `path` is read: in words.
+
+    A config.json that lies there counts.
+    """
+    if any(x.dtype.itemsize > 4 for x in arrays.values()):  # files are read as float32
         return [f"param_dtype={model.param_dtype!r}"]
-    source.arrays = {name: np.asarray(x, np.float32) for name, x in source.arrays.items()}
     try:
-        found = _read_again(source, model.attention["num_heads"])
+        found = _read_again(files.at(path, arrays, metadata), model.attention["num_heads"])
     except UserError as error:
         return [f"what reading it takes ({error})"]
     own = vit.arguments(model)
     variant = found.arguments["attention"]
     if variant not in (None, own["attention"]):
-        name = f"{source.path.stem}_{own['attention']}{source.path.suffix}"
+        name = f"{path.stem}_{own['attention']}{path.suffix}"
         return [f"attention={own['attention']!r} but by its name (such as {name})"]
     arguments = {**found.arguments, "attention": own["attention"]}
     read = vit.arguments(vit.create(**arguments))
@@ -177,7 +175,7 @@ def _lost(source: Source, model: vit.VisionTransformer, variables: dict[str, Any
     told = [
         f"{name}={value!r}"
         for name, value in own.items()
-        if read[name] != value and name not in (*_FREE, *_unread(own["attention"]))
+        if read[name] != value and name not in _UNSAID | _unread(own["attention"])
     ]
     memory = flatten_dict(layers.unstack_layers(variables.get("norm_stats", {})), sep="/")
     other = {
@@ -188,7 +186,7 @@ def _lost(source: Source, model: vit.VisionTransformer, variables: dict[str, Any
     return told + [f"the {name} that it remembers" for name in sorted(other)]
 
 
-def _read_again(source: Source, num_heads: int) -> foreign.Loaded:
+def _read_again(source: files.Source, num_heads: int) -> foreign.Loaded:
     """With the number of query heads where the reader asks for it."""
     try:
         return foreign.from_source(source)

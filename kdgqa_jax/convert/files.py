@@ -43,6 +43,14 @@ def read(source: str) -> Source:
     arrays, metadata = read_arrays(path)
     if not arrays:
         raise UserError(f"{path}: holds no arrays")
+    return at(path, arrays, metadata)
+
+
+def at(path: pathlib.Path, arrays: Arrays, metadata: dict[str, Any]) -> Source:
+    """What reading a file of these arrays at `path` gives, whether it is there yet or not.
+
+    Raises UserError: a JSON file beside it that is damaged.
+    """
     return Source(
         path,
         {name: _as_float32(x) for name, x in arrays.items()},

@@ -168,7 +168,7 @@ def _refit(
     after: vit.VisionTransformer,
     images: np.ndarray,
 ) -> None:
-    memory, _ = fit_norm_stats(before, variables.get("norm_stats", {}), after, images.shape[-1])
+    memory, _ = fit_norm_stats(before, variables.get("norm_stats", {}), after)
     converted = {"params": grouped.params, "norm_stats": memory}
     grouped.params, missed = refit_outputs(before, variables, after, converted, images)
     grouped.how["out"] = "; ".join([*filter(None, [grouped.how.get("out")]), "refitted"])
@@ -183,10 +183,7 @@ def _refit(
 
 
 def fit_norm_stats(
-    before: vit.VisionTransformer,
-    norm_stats: dict[str, Any],
-    after: vit.VisionTransformer,
-    channels: int,
+    before: vit.VisionTransformer, norm_stats: dict[str, Any], after: vit.VisionTransformer
 ) -> tuple[dict[str, Any], set[tuple[str, ...]]]:
     """The memory of a converted model, and the paths in it of what was kept of the source's.
 
@@ -197,15 +194,12 @@ def fit_norm_stats(
       before: the model that there is, any variant.
       norm_stats: its memory, layers stacked or not; {}: none.
       after: the model that is wanted.
-      channels: of images.
 
     Returns:
       ({...}, layers unrolled, {} for a variant without memory; paths such as ("blocks_0", "attn",
       "key_norm")).
     """
-    scanned = after.clone(scan_layers=True)  # traces faster
-    wanted = jax.device_get(layers.unstack_layers(vit.init_norm_stats(scanned, channels)))
-    wanted = flatten_dict(wanted)
+    wanted = flatten_dict(jax.device_get(vit.init_norm_stats(after.clone(scan_layers=False))))
     old, new = (GroupedQueryAttention(**model.attention) for model in (before, after))
     kept = {}
     if (old.num_kv_heads, old.importance) == (new.num_kv_heads, new.importance):

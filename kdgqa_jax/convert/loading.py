@@ -363,8 +363,7 @@ def _fit_norm_stats(
 ) -> None:
     """`heads.fit_norm_stats`, and what the report says about it."""
     norm_stats = unflatten_dict(loaded.norm_stats, sep="/")
-    channels = loaded.description["channels"]
-    fitted, kept = heads.fit_norm_stats(before, norm_stats, model, channels)
+    fitted, kept = heads.fit_norm_stats(before, norm_stats, model)
     there, loaded.norm_stats = loaded.norm_stats, flatten_dict(fitted, sep="/")
     kept = {"/".join(path) for path in kept}
     for path in there.keys() - kept:
