@@ -10,12 +10,12 @@ from kdgqa_jax import convert
 
 
 def test_a_share_of_the_mutated_checkpoints():
-    """Each mutation once."""
+    """Each mutation once, and as many that leave the numbers as they are."""
     told = []
-    tally, kinds = fuzz_checkpoints.run(len(MUTATIONS), seed=1, show=told.append)
+    tally, kinds = fuzz_checkpoints.run(2 * len(MUTATIONS), seed=1, show=told.append)
     assert not told
-    assert tally["loaded right"] + tally["refused"] == len(MUTATIONS)
-    assert tally["loaded right"] >= 5 and len(kinds) >= 5
+    assert tally["loaded right"] + tally["refused"] == 2 * len(MUTATIONS)
+    assert tally["loaded right"] > len(MUTATIONS) and len(kinds) >= 8
 
 
 @pytest.mark.slow
