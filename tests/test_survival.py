@@ -14,9 +14,11 @@ import time
 import helpers
 import numpy as np
 import pytest
+import source_helpers
 from PIL import Image
 
 from kdgqa_jax import checkpoint, config, logs, train
+from kdgqa_jax.data import idx
 from kdgqa_jax.errors import UserError
 
 CONFIG = """
@@ -34,7 +36,8 @@ def get_config(arg=""):
     config.data.augment.mixup, config.ema_decay = 0.2, 0.9
     config.optim.learning_rate = 5e-5
     config.batch_size, config.eval_batch_size = 32, 64
-    config.epochs, config.eval_every_epochs = arg.steps * 32 / 1437, 0.0
+    config.epochs, config.eval_every_epochs = arg.steps * 32 / 320, 0.0
+    config.data.name, config.data.data_dir = "mnist", DATA_DIR
     config.checkpoint_every, config.log_every = arg.every, 1
     return config
 """
@@ -44,9 +47,14 @@ GROUPING = ("allocation", "key_norm", "loss")
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "run.py"
-    path.write_text(CONFIG)
-    return path
+    """Its data are 320 images in IDX files: for `digits` each process would import scikit-learn."""
+    folder = tmp_path_factory.mktemp("config")
+    images, labels = source_helpers.noise(0, 384, 8, 8), source_helpers.noise(1, 384) % 10
+    arrays = images[:320], labels[:320], images[320:], labels[320:]
+    for file, array in zip(idx.FILES, arrays, strict=True):
+        source_helpers.write_idx(folder / file, array)
+    (folder / "run.py").write_text(CONFIG.replace("DATA_DIR", repr(str(folder))))
+    return folder / "run.py"
 
 
 def start(config_file, workdir, *flags, arg="", devices=1, before=()):
@@ -254,7 +262,7 @@ def test_an_image_that_cannot_be_read_stops_the_run_and_keeps_what_is_saved(conf
 
 
 def test_numbers_that_are_not_finite_stop_the_run(config_file, tmp_path):
-    settings = load(config_file, **{"optim.learning_rate": 1e30, "epochs": 12 * 32 / 1437})
+    settings = load(config_file, **{"optim.learning_rate": 1e30, "epochs": 12 * 32 / 320})
     with pytest.raises(UserError) as error:
         train.train_and_evaluate(settings, tmp_path)
     text = str(error.value)
