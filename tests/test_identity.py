@@ -147,14 +147,20 @@ def copied(stopped, tmp_path, monkeypatch):
     shutil.copytree(tmp_path / "kept", root)
 
 
+def written(workdir):
+    """When each file of a run was last written, but for the lock, which every start takes."""
+    files = (path for path in workdir.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
 @pytest.mark.parametrize("how", CHANGES)
 def test_a_run_does_not_resume_on_other_data(copied, how):
     root, settings, workdir = copied
-    files = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    files = written(workdir)
     change(root, how)
     with pytest.raises(UserError, match=r"changed after it began: .* restore them to resume it"):
         train.train_and_evaluate(settings, workdir)
-    assert files == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    assert files == written(workdir)
 
 
 def test_a_run_without_a_record_gets_one_and_resumes(copied, capsys):
@@ -196,8 +202,11 @@ def test_a_study_does_not_mix_data(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "_run_seed", lambda *_: [])
     monkeypatch.setattr(study.report, "write", lambda *_: None)
     study.run_study(settings, tmp_path / "study")
+    change(root, grow)  # nothing has begun on the old data
     study.run_study(settings, tmp_path / "study")
-    change(root, grow)
+    (tmp_path / "study" / "seed0" / "pretrained").mkdir(parents=True)
+    study.run_study(settings, tmp_path / "study")
+    change(root, add_a_class)
     with pytest.raises(UserError, match=r"the pretrain data of the run in .*/study changed"):
         study.run_study(settings, tmp_path / "study")
 
