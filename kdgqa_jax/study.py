@@ -79,7 +79,8 @@ def run_study(config: Config, workdir: str | os.PathLike) -> list[Record]:
     datasets = _check(config)
     data = {f"{stage} data": identity.describe(d) for stage, d in datasets.items()}
     begun = _begun(workdir)
-    with workdir_lib.held(workdir, config.to_dict(), _may_change(begun)) as workdir:
+    defaults = config_lib.study_config().to_dict()
+    with workdir_lib.held(workdir, config.to_dict(), _may_change(begun), defaults) as workdir:
         identity.check(workdir, data, renew=[f"{stage} data" for stage in {*_STAGES} - begun])
         records = []
         for seed in range(config.seed, config.seed + config.seeds):

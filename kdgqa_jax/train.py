@@ -165,7 +165,7 @@ def _train_and_evaluate(
 
     # --- Workdir --------------------------------------------------------------------------------
     first_process = jax.process_index() == 0
-    hold = workdir_lib.held(workdir, asked, MAY_CHANGE)
+    hold = workdir_lib.held(workdir, asked, MAY_CHANGE, config_lib.train_config().to_dict())
     workdir = pathlib.Path(processes.on_first_process(lambda: os.fspath(held.enter_context(hold))))
     identity.check(workdir, {"data": data_now})
     for name in ("model", "best"):

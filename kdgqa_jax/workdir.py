@@ -70,6 +70,14 @@ def read_json(path: pathlib.Path) -> Any:
         ) from None
 
 
+def _filled(there: Any, defaults: Any) -> Any:
+    """What is there, with the defaults of fields that it lacks."""
+    if not isinstance(there, dict) or not isinstance(defaults, dict):
+        return there
+    lacking = {key: value for key, value in defaults.items() if key not in there}
+    return lacking | {key: _filled(value, defaults.get(key)) for key, value in there.items()}
+
+
 def _differences(there: Any, here: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     """(dotted name, value there, value here) of every field that differs."""
     if isinstance(there, dict) and isinstance(here, dict):
@@ -89,7 +97,10 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def held(
-    workdir: str | os.PathLike, config: dict[str, Any], may_change: Sequence[str] = ()
+    workdir: str | os.PathLike,
+    config: dict[str, Any],
+    may_change: Sequence[str] = (),
+    defaults: dict[str, Any] | None = None,
 ) -> Iterator[pathlib.Path]:
     """Hold the directory of the run that `config` describes, for as long as the block lasts.
 
@@ -100,6 +111,7 @@ def held(
       workdir: the directory; it is made if it is not there.
       config: nested dict of JSON values.
       may_change: dotted names of fields, or of sections, that may differ from those of before.
+      defaults: of all fields; a run that began before a field existed had its default.
 
     Yields:
       The absolute path; it holds `config.json`.
@@ -113,7 +125,7 @@ def held(
         with contextlib.suppress(OSError, ImportError):  # what is wrong with the place, claim says
             path.mkdir(parents=True, exist_ok=True)
             _lock(stack.enter_context((path / LOCK).open("a+")), path)
-        yield claim(path, config, may_change)
+        yield claim(path, config, may_change, defaults)
 
 
 def _lock(file: TextIO, path: pathlib.Path) -> None:
@@ -135,14 +147,17 @@ def _lock(file: TextIO, path: pathlib.Path) -> None:
 
 
 def claim(
-    workdir: str | os.PathLike, config: dict[str, Any], may_change: Sequence[str] = ()
+    workdir: str | os.PathLike,
+    config: dict[str, Any],
+    may_change: Sequence[str] = (),
+    defaults: dict[str, Any] | None = None,
 ) -> pathlib.Path:
     """Make `workdir` the directory of the run that `config` describes, or resume that run.
 
     Arguments, result and errors are those of `held`. The record of the config becomes the new one.
     """
     path = paths.local(workdir, "workdir").absolute()
-    config = json.loads(json.dumps(config))  # as it will be read back
+    config, defaults = json.loads(json.dumps([config, defaults or {}]))  # as they are read back
     record = path / "config.json"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -155,7 +170,7 @@ def claim(
         raise UserError(
             f"workdir {path} cannot be written ({reason}); choose another --workdir"
         ) from None
-    differences = _differences(read_json(record), config)
+    differences = _differences(_filled(read_json(record), defaults), config)
     refused = [
         f"{name}: {there!r} there, {here!r} here"
         for name, there, here in differences

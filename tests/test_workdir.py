@@ -71,6 +71,16 @@ def test_a_record_that_may_change_becomes_the_new_one(tmp_path):
     workdir.claim(tmp_path, first, ["a"])
 
 
+def test_fields_that_did_not_exist_when_a_run_began_had_their_defaults(tmp_path):
+    defaults = {"a": {"b": 0, "c": 2}, "d": 4}
+    workdir.claim(tmp_path, {"a": {"b": 1}})
+    with pytest.raises(UserError, match=r"another config \(a\.c: 2 there, 5 here\)"):
+        workdir.claim(tmp_path, {"a": {"b": 1, "c": 5}, "d": 4}, (), defaults)
+    with pytest.raises(UserError, match=r"another config \(a\.b: 1 there, 0 here\)"):
+        workdir.claim(tmp_path, defaults, (), defaults)
+    workdir.claim(tmp_path, {"a": {"b": 1, "c": 2}, "d": 4}, (), defaults)
+
+
 # --- studies ------------------------------------------------------------------------------------
 
 
