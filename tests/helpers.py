@@ -255,6 +255,47 @@ def naive_index(allocation) -> np.ndarray:
     return np.repeat(np.arange(len(allocation)), allocation)
 
 
+# --- ties ---------------------------------------------------------------------------------------
+
+
+def exact_quotas(scores, num_heads):
+    """Shares of N in float64, and how far each row (R, K) is from a tie: of rounding, of seats.
+
+    A tie of seats is one of the fractional parts between which the last seat is decided. A share
+    near a whole number is none: whether its fractional part is 0 or almost 1, it gets that number.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        quotas = scores / scores.sum(-1, keepdims=True) * num_heads
+    to_half = np.abs(quotas - np.floor(quotas) - 0.5).min(-1)
+    fractions = -np.sort(-(quotas - np.floor(quotas)), axis=-1)
+    seats = np.round(np.nan_to_num(fractions.sum(-1, keepdims=True))).astype(int)
+    last, left_out = (
+        np.take_along_axis(np.pad(fractions, [(0, 0), (1, 0)], constant_values=1.0), i, axis=-1)
+        for i in (seats, np.minimum(seats + 1, scores.shape[-1]))
+    )
+    return quotas, to_half, (last - left_out)[:, 0]
+
+
+def away_from_ties(norms, num_heads, margin=1e-3):
+    """For KDGQA and for apportionment: which rows no rounding error can change."""
+    norms = norms.astype(np.float64)
+    spread = norms.max(-1) - norms.min(-1)
+    kdgqa = exact_quotas(norms - norms.min(-1, keepdims=True), num_heads)[1] > margin
+    kdgqa &= spread > 1e-2 * norms.max(-1)
+    return kdgqa, exact_quotas(norms, num_heads)[2] > margin
+
+
+def assert_away_from_ties(attention: str, norms: Any, num_heads: int) -> None:
+    """Rounding errors cannot change the allocations that norms or scores (..., K) lead to.
+
+    To be called where allocations of two programs, or of two machines, are compared.
+    """
+    rows = np.reshape(norms, (-1, np.shape(norms)[-1]))
+    kdgqa, apportioned = away_from_ties(rows, num_heads)
+    stable = kdgqa if attention == "kdgqa" else apportioned
+    assert stable.all(), f"near a tie: {rows[~stable]}"
+
+
 # --- attention and the model, as loops ----------------------------------------------------------
 
 

@@ -91,26 +91,6 @@ def assert_valid(result, num_heads, least=0):
         assert result[rule].min() >= least
 
 
-def exact_quotas(scores, num_heads):
-    """Shares of N in float64, and how far each row is from a tie of rounding or of order."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        quotas = scores / scores.sum(-1, keepdims=True) * num_heads
-    to_half = np.abs(quotas - np.floor(quotas) - 0.5).min(-1)
-    fractions = np.sort(quotas - np.floor(quotas), axis=-1)
-    to_whole = np.minimum(fractions, 1 - fractions).min(-1)
-    apart = np.diff(fractions, axis=-1).min(-1) if scores.shape[-1] > 1 else np.ones(len(scores))
-    return quotas, to_half, np.minimum(to_whole, apart)
-
-
-def away_from_ties(norms, num_heads, margin=1e-3):
-    """For KDGQA and for apportionment: which rows no rounding error can change."""
-    norms = norms.astype(np.float64)
-    spread = norms.max(-1) - norms.min(-1)
-    kdgqa = exact_quotas(norms - norms.min(-1, keepdims=True), num_heads)[1] > margin
-    kdgqa &= spread > 1e-2 * norms.max(-1)
-    return kdgqa, exact_quotas(norms, num_heads)[2] > margin
-
-
 @given(rows_of(elements=any_float, shapes=all_shapes, count=8))
 @settings(max_examples=6)
 def test_any_shape_gives_a_valid_allocation(case):
@@ -123,7 +103,7 @@ def test_rules_equal_the_loops(case, seed):
     num_heads, num_kv_heads, norms = case
     drawn = np.random.default_rng(seed).gamma(4.0, 1.0, (12, num_kv_heads))
     norms = np.concatenate([norms, drawn]).astype(np.float32)
-    kdgqa_rows, apportion_rows = away_from_ties(norms, num_heads)
+    kdgqa_rows, apportion_rows = helpers.away_from_ties(norms, num_heads)
     result = evaluate(norms, num_heads)
     assert_valid(result, num_heads)
     for row in np.flatnonzero(kdgqa_rows):
@@ -150,7 +130,7 @@ def test_scaling_the_norms_changes_nothing(case, power, factor):
     before = evaluate(norms, num_heads)
     exactly = evaluate(norms * np.float32(2.0) ** power, num_heads)
     nearly = evaluate(norms * np.float32(factor), num_heads)
-    kdgqa_rows, apportion_rows = away_from_ties(norms, num_heads)
+    kdgqa_rows, apportion_rows = helpers.away_from_ties(norms, num_heads)
     for rule in RULES:
         np.testing.assert_array_equal(exactly[rule], before[rule])
         rows = kdgqa_rows if rule == "kdgqa" else apportion_rows
@@ -162,7 +142,7 @@ def test_permuting_the_norms_permutes_the_allocation(case, random):
     num_heads, num_kv_heads, norms = case
     order = random.sample(range(num_kv_heads), num_kv_heads)
     before, after = evaluate(norms, num_heads), evaluate(norms[:, order], num_heads)
-    kdgqa_rows, apportion_rows = away_from_ties(norms, num_heads)
+    kdgqa_rows, apportion_rows = helpers.away_from_ties(norms, num_heads)
     for rule in RULES[1:]:
         np.testing.assert_array_equal(
             after[rule][apportion_rows], before[rule][apportion_rows][:, order]
@@ -172,7 +152,7 @@ def test_permuting_the_norms_permutes_the_allocation(case, random):
     np.testing.assert_array_equal(np.sort(after), np.sort(before))
     assert np.all(np.abs(after - before[:, order]) <= 1)
     low = norms[kdgqa_rows] - norms[kdgqa_rows].min(-1, keepdims=True)
-    quotas = exact_quotas(low.astype(np.float64), num_heads)[0]
+    quotas = helpers.exact_quotas(low.astype(np.float64), num_heads)[0]
     adds_up = np.round(quotas).sum(-1) == num_heads
     np.testing.assert_array_equal(after[adds_up], before[adds_up][:, order])
 
@@ -324,7 +304,7 @@ def test_norms_and_allocation_in_one_program_equal_two(importance):
         sizes = np.exp(0.3 * helpers.normal(seed, 6, 1))
         norms, allocations = one(sizes * helpers.normal(seed + 100, 3, 17, 6, 8))
         np.testing.assert_array_equal(allocations, two(norms))
-        if away_from_ties(np.asarray(norms)[None], 12)[0][0]:
+        if helpers.away_from_ties(np.asarray(norms)[None], 12)[0][0]:
             assert allocations[0].tolist() == helpers.naive_kdgqa(norms, 12)
 
 

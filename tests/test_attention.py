@@ -56,9 +56,11 @@ def test_evaluation_equals_numpy(attention, options):
         allocation = np.array([1, 5, 0], np.int32)
         variables["norm_stats"]["allocation"] = jnp.asarray(allocation)
     elif attention == "kdgqa" and options.get("allocation_scope") == "example":
+        helpers.assert_away_from_ties(attention, norms, N)
         allocation = np.array([helpers.naive_kdgqa(row, N) for row in norms])
         assert len(np.unique(allocation, axis=0)) > 1
     elif attention == "kdgqa":
+        helpers.assert_away_from_ties(attention, norms.mean(0), N)
         allocation = np.array(helpers.naive_kdgqa(norms.mean(0), N))
     else:
         allocation = np.array(helpers.naive_equal(N, norms.shape[1]))

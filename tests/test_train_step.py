@@ -65,6 +65,20 @@ def run(settings, steps=3, mesh=None, batches=None):
     return jax.device_get(state), seen
 
 
+def assert_away_from_ties(attention, seen):
+    """Of the steps that allocate; in example scope only means over the batch are seen."""
+    norms = [m["key_norm"] for m in seen]
+    if attention == "kdgqa":
+        helpers.assert_away_from_ties(attention, norms, 8)
+    if attention in helpers.DGQA:
+        scores, memory = [], 0.0
+        for now in norms[::2]:  # the window
+            ema = 0.9 * now + 0.1 * memory
+            scores.append(np.abs(now - memory) if attention == "dgqa_diff" else ema)
+            memory = now if attention == "dgqa_diff" else ema
+        helpers.assert_away_from_ties(attention, scores, 8)
+
+
 def differences(one, other):
     """How far two runs are from each other, relative to the size of what they are compared in."""
     (state, seen), (other_state, other_seen) = one, other
@@ -98,6 +112,8 @@ def test_four_parts_of_a_batch_equal_the_whole(attention, changes):
     whole = run(settings_of(attention, **changes), batches=batches)
     parts = run(settings_of(attention, accumulate=4, **changes), batches=batches)
     found = differences(whole, parts)
+    if not changes:
+        assert_away_from_ties(attention, whole[1])
     assert all(value <= 1e-5 for value in found.values()), found
     for a, b in zip(whole[1], parts[1], strict=True):
         helpers.assert_close(a["key_norm"], b["key_norm"], 1e-5)
@@ -209,6 +225,7 @@ def compare_meshes() -> dict[str, dict]:
         for num_kv_heads in NUM_KV_HEADS.get(attention, (None,)):
             settings = settings_of(attention, **{"model.num_kv_heads": num_kv_heads})
             runs = [run(settings, mesh=mesh) for mesh in (one, sharding.make_mesh(**MESH))]
+            assert_away_from_ties(attention, runs[0][1])
             found[f"{attention} {num_kv_heads or 8}"] = differences(*runs)
     return found
 

@@ -176,7 +176,10 @@ def test_scanned_layers_equal_unrolled_ones(attention):
     assert ("norm_stats" in plain[1]) == (attention in DGQA)
     helpers.assert_close(scanned[1], plain[1], 1e-4)
     helpers.assert_close(scanned[2], plain[2], 1e-4, scale=helpers.largest(plain[2]))
-    allocations = np.array(layers.grouping_of(plain[1])["allocation"])
+    grouping = layers.grouping_of(plain[1])
+    if attention in ("kdgqa", *DGQA):  # a memory of zeros changes no ratio
+        helpers.assert_away_from_ties(attention, grouping["key_norm"], 6)
+    allocations = np.array(grouping["allocation"])
     assert allocations.shape == (2, 6 if attention == "mha" else 3)
     if attention in ("kdgqa", *DGQA):
         assert np.any(allocations != 2)
