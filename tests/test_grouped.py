@@ -170,7 +170,7 @@ def test_maps(index):
     helpers.assert_close(maps, helpers.naive_attention(*inputs, expected, mask)[1], 1e-6)
     helpers.assert_close(maps.sum(-1), 1.0, 1e-6)
     np.testing.assert_array_equal(np.asarray(maps)[~mask], 0.0)
-    np.testing.assert_allclose(out, grouped_attention(*inputs, index, mask=mask), rtol=0, atol=1e-6)
+    helpers.assert_close(out, grouped_attention(*inputs, index, mask=mask), 1e-6)
 
 
 def test_a_row_without_any_token_attends_to_all_equally():
