@@ -213,7 +213,7 @@ def test_a_source_with_an_allocation_of_its_own(tmp_path):
         variables["norm_stats"][f"blocks_{i}"]["attn"]["allocation"] = allocation.astype(np.int32)
     params, images = variables["params"], helpers.images(5)
     expanded = merging.one_per_query_head(params, allocations)
-    expected = model.apply(variables, images)
+    expected = helpers.apply(model, variables, images)
     logits = helpers.naive_vit(images, expanded, np.arange(N), patch=4)
     helpers.assert_close(logits, expected, 1e-4)
     stacked = merging.one_per_query_head(layers.stack_layers(params), allocations)

@@ -73,9 +73,9 @@ def test_hugging_face_models_agree(tmp_path, name, release):
     for place in (tmp_path, tmp_path / "model.safetensors"):
         loaded = convert.load(place)
         assert loaded.model.attention["num_heads"] == 6 and loaded.model.norm_epsilon == 1e-12
-        found = loaded.model.apply(loaded.variables, nhwc, method="features")
+        found = helpers.apply(loaded.model, loaded.variables, nhwc, method="features")
         helpers.assert_close(found, features, 1e-5)
-        logits = loaded.model.apply(loaded.variables, nhwc)
+        logits = helpers.apply(loaded.model, loaded.variables, nhwc)
         helpers.assert_close(logits, expected.numpy(), 1e-5)
 
 
@@ -98,7 +98,9 @@ def test_what_save_pretrained_writes_is_read(tmp_path, name):
     with torch.no_grad():
         expected = model(images).logits.numpy()
     converted = convert.load(tmp_path)
-    logits = converted.model.apply(converted.variables, images.numpy().transpose(0, 2, 3, 1))
+    logits = helpers.apply(
+        converted.model, converted.variables, images.numpy().transpose(0, 2, 3, 1)
+    )
     helpers.assert_close(logits, expected, 1e-5)
     assert converted.description["class_names"][3] == "kind 3"
     assert converted.description["preprocessing"] == {
@@ -119,7 +121,9 @@ def test_pickled_hugging_face_directory(tmp_path):
     with torch.no_grad():
         expected = model(images).logits.numpy()
     converted = convert.load(tmp_path)
-    logits = converted.model.apply(converted.variables, images.numpy().transpose(0, 2, 3, 1))
+    logits = helpers.apply(
+        converted.model, converted.variables, images.numpy().transpose(0, 2, 3, 1)
+    )
     helpers.assert_close(logits, expected, 1e-5)
 
 
@@ -177,7 +181,7 @@ def test_augreg_file_equals_the_timm_file(golden, tmp_path):
     np.savez(tmp_path / "a.npz", **to_augreg(weights, 6))
     converted = convert.load(tmp_path / "a.npz")  # the heads are an axis of the file
     images = values["images_nchw"].transpose(0, 2, 3, 1)
-    logits = converted.model.apply(converted.variables, images)
+    logits = helpers.apply(converted.model, converted.variables, images)
     helpers.assert_close(logits, values["logits_mha"], 1e-5)
     save_file(weights, tmp_path / "a.safetensors")
     timm = convert.load(tmp_path / "a.safetensors", num_heads=6)
@@ -195,7 +199,7 @@ def test_augreg_file_with_a_representation_layer(golden, tmp_path):
     images = values["images_nchw"].transpose(0, 2, 3, 1)
     hidden = np.tanh(values["features_mha"][:, 0] @ kernel + bias)
     expected = hidden @ arrays["head/kernel"] + arrays["head/bias"]
-    logits = converted.model.apply(converted.variables, images)
+    logits = helpers.apply(converted.model, converted.variables, images)
     helpers.assert_close(logits, expected, 1e-4)
     tuned = convert.load(tmp_path / "a.npz", num_classes=3)  # the layer goes with the old head
     assert tuned.model.representation_size == 0

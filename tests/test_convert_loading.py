@@ -134,7 +134,7 @@ def test_average_pooling_and_missing_qkv_bias(golden, tmp_path):
     converted = convert.load(tmp_path / "a.safetensors", num_heads=6)
     assert converted.model.pool == "avg" and converted.model.attention["qkv_bias"] is False
     images = helpers.normal(0, 2, 32, 32, 3)
-    logits = converted.model.apply(converted.variables, images)
+    logits = helpers.apply(converted.model, converted.variables, images)
     params = converted.variables["params"]
     expected = helpers.naive_vit(images, params, np.arange(6), 8, pool="avg")
     helpers.assert_close(logits, expected, 1e-5)
@@ -173,8 +173,8 @@ def test_input_channels_as_timm_fits_them(golden, tmp_path):
     rgb = convert.load(tmp_path / "a.safetensors", num_heads=6)
     grey = convert.load(tmp_path / "a.safetensors", num_heads=6, channels=1)
     image = helpers.normal(0, 2, 32, 32, 1)
-    expected = rgb.model.apply(rgb.variables, np.repeat(image, 3, axis=-1))
-    helpers.assert_close(grey.model.apply(grey.variables, image), expected, 1e-5)
+    expected = helpers.apply(rgb.model, rgb.variables, np.repeat(image, 3, axis=-1))
+    helpers.assert_close(helpers.apply(grey.model, grey.variables, image), expected, 1e-5)
     assert grey.description["channels"] == 1
     assert grey.description["preprocessing"]["mean"] == [0.5]
     kernel = rgb.variables["params"]["patch_embed"]["kernel"]

@@ -60,7 +60,7 @@ def test_a_directory_of_timm_gives_timms_logits_without_a_flag(golden, directory
     values = golden("timm_vit")
     loaded = convert.load(directory())
     images = values["images_nchw"].transpose(0, 2, 3, 1)
-    logits = loaded.model.apply(loaded.variables, images)
+    logits = helpers.apply(loaded.model, loaded.variables, images)
     helpers.assert_close(logits, values["logits_mha"], 1e-5)
     assert not any("guessed" in note for note in loaded.report.notes)
 
@@ -120,7 +120,7 @@ def test_the_mean_is_taken_where_it_is_stated_and_the_weights_agree(golden, dire
     loaded = convert.load(place)
     images = golden("timm_vit")["images_nchw"].transpose(0, 2, 3, 1)
     expected = helpers.naive_vit(images, loaded.variables["params"], np.arange(6), 8, pool="avg")
-    logits = loaded.model.apply(loaded.variables, images)
+    logits = helpers.apply(loaded.model, loaded.variables, images)
     helpers.assert_close(logits, expected, 1e-5)
     said = refusal(directory(fc, global_pool="token"))
     assert "global_pool='token', but the final norm in the weights is 'fc_norm'" in said

@@ -46,7 +46,7 @@ def test_batches_are_padded_without_a_trace(make_model, tmp_path):
     np.save(tmp_path / "x.npy", array)
     assert cli.main(["predict", "--checkpoint", str(path), "--images", str(tmp_path / "x.npy"),
                      "--out", str(tmp_path / "y.npy"), "--batch-size", "2"]) == 0  # fmt: skip
-    expected = model.apply(variables, array)
+    expected = helpers.apply(model, variables, array)
     logits = np.load(tmp_path / "y.npy")
     assert logits.dtype == np.float32
     helpers.assert_close(logits, expected, 1e-5)
@@ -57,7 +57,7 @@ def test_allocations_are_those_of_each_batch(make_model):
     array = helpers.normal(0, 5, 8, 8, 3) * np.float32([1, 5, 2, 3, 9])[:, None, None, None]
     found = predict.predict_array(model, variables, array, batch_size=2)
     assert found.allocation.shape == (3, 2, 4)
-    _, collections = model.apply(variables, array[4:], mutable=["grouping"])
+    _, collections = helpers.apply(model, variables, array[4:], mutable=("grouping",))
     for i in range(2):
         alone = collections["grouping"][f"blocks_{i}"]["attn"]["allocation"]
         np.testing.assert_array_equal(found.allocation[2, i], alone)
@@ -169,7 +169,9 @@ def test_folder_to_table_csv_and_json(make_model, tmp_path, capsys):
     gqa = make_model(attention="gqa")
     _, found, _ = predict.predict_files(gqa[0], [n for n in names if n.endswith(
         ("rgb.png", "grey.png", "alpha.png"))])  # fmt: skip
-    expected = gqa[1].apply(gqa[2], (np.stack(pixels) / np.float32(255) - 0.4) / np.float32(0.2))
+    expected = helpers.apply(
+        gqa[1], gqa[2], (np.stack(pixels) / np.float32(255) - 0.4) / np.float32(0.2)
+    )
     helpers.assert_close(found.logits, expected, 1e-5)
 
 
@@ -180,7 +182,7 @@ def test_a_model_without_a_head_gives_features(make_model, tmp_path, capsys):
     command = ["predict", "--checkpoint", str(path), "--images", str(tmp_path / "x.npy")]
     assert cli.main([*command, "--out", str(tmp_path / "y.npy")]) == 0
     features = np.load(tmp_path / "y.npy")
-    helpers.assert_close(features, model.apply(variables, array), 1e-5)
+    helpers.assert_close(features, helpers.apply(model, variables, array), 1e-5)
     assert features.shape == (2, 64)
     assert cli.main(command) == 1
     assert "the model has no class head; --out FILE.npy" in capsys.readouterr().err
