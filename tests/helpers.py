@@ -284,7 +284,7 @@ def exact_quotas(scores, num_heads):
 
 def away_from_ties(norms, num_heads, margin=1e-3):
     """For KDGQA and for apportionment: which rows no rounding error can change."""
-    norms = norms.astype(np.float64)
+    norms = np.asarray(norms, np.float64)
     spread = norms.max(-1) - norms.min(-1)
     kdgqa = exact_quotas(norms - norms.min(-1, keepdims=True), num_heads)[1] > margin
     kdgqa &= spread > 1e-2 * norms.max(-1)

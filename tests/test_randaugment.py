@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import re
 
 import helpers
 import jax
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 
+from kdgqa_jax.data import pixels
 from kdgqa_jax.data.randaugment import OPS, apply_op, rand_augment, sample_ops
 from kdgqa_jax.errors import UserError
 
@@ -249,6 +251,45 @@ def test_keys_decide_and_batches_share_a_compilation(batch, augmented):
     assert np.mean(np.any(others != augmented, axis=(1, 2, 3))) > 0.8
     rand_augment(images[::-1], other_keys, **OPTIONS)
     assert rand_augment._cache_size() == compiled > 0
+
+
+# --- forms for other hardware --------------------------------------------------------------------
+
+
+@pytest.fixture
+def dense(monkeypatch):
+    """`rand_augment` as on a TPU or GPU."""
+    monkeypatch.setattr(pixels, "FORMS", {})
+    return jax.jit(rand_augment.__wrapped__, static_argnames=tuple(OPTIONS))
+
+
+@pytest.mark.parametrize(
+    ("shape", "magnitude"),
+    [((40, 56, 3), 9), ((40, 24, 3), 30), ((32, 32, 1), 17), ((1, 5, 1), 9), ((2, 2, 3), 26)],
+)
+def test_dense_form_gives_the_same_pixels(dense, shape, magnitude):
+    images = np.random.default_rng(magnitude).integers(0, 256, (112, *shape), np.uint8)
+    keys = jax.random.split(jax.random.key(magnitude), 112)
+    indexed = rand_augment(images, keys, 2, magnitude)
+    drawn, signs = draw(keys, 2)
+    assert len({*zip(drawn.ravel().tolist(), signs.ravel().tolist(), strict=True)}) == 28
+    np.testing.assert_array_equal(dense(images, keys, 2, magnitude), indexed)
+
+
+def test_dense_form_of_photos_is_the_same(dense, batch, augmented):
+    np.testing.assert_array_equal(dense(*batch, **OPTIONS), augmented)
+
+
+def test_dense_form_has_no_gather_and_no_scatter(dense):
+    """A TPU processes them one element at a time."""
+    images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.uint8)
+    keys = jax.ShapeDtypeStruct((16,), jax.random.key(0).dtype)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        traced = dense.trace(images, keys)
+    for platform in ("tpu", "cuda"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "stablehlo.dot_general" in text
+        assert not re.findall(r"stablehlo\.\w*(?:gather|scatter)", text)
 
 
 def test_no_operations_and_defaults(batch):

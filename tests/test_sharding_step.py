@@ -18,6 +18,8 @@ import pytest
 
 from kdgqa_jax import sharding, starting, train_step, vit
 from kdgqa_jax.config import train_config
+from kdgqa_jax.data import pixels
+from kdgqa_jax.data.randaugment import rand_augment
 
 DEVICES, BATCH, CLASSES = 8, 40, 10
 MESHES = {"fsdp": (4, 1), "model": (1, 4)}
@@ -63,6 +65,17 @@ def exchanged(attention: str, fsdp: int, model_axis: int, **options) -> dict[str
     return {"parameters": sizes, **found}
 
 
+def exchanged_by_augmentation(form: pixels.Form) -> list[str]:
+    """The collectives of RandAugment alone."""
+    pixels.FORMS[jax.default_backend()] = form
+    jax.clear_caches()
+    split = sharding.batch_sharded(sharding.make_mesh())
+    images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.uint8, sharding=split)
+    keys = jax.ShapeDtypeStruct((16,), jax.random.key(0).dtype, sharding=split)
+    program = jax.jit(rand_augment, out_shardings=split).lower(images, keys).compile().as_text()
+    return re.findall(rf" ({OPERATIONS})(?:-start)?\(", program)
+
+
 @functools.lru_cache
 def results() -> dict[str, dict[str, dict]]:
     environment = helpers.child_environment(DEVICES)
@@ -89,7 +102,7 @@ def activations(found: dict) -> list:
     ]
 
 
-pytestmark = pytest.mark.slow  # five compilations
+pytestmark = pytest.mark.slow  # seven compilations
 
 
 @pytest.mark.parametrize("attention", ["mha", "kdgqa"])
@@ -102,6 +115,11 @@ def test_fsdp_gathers_parameters_only(attention):
 
 def test_the_check_sees_activations_that_are_not_held_to_the_batch():
     assert activations(results()["unconstrained"]["kdgqa"])
+
+
+@pytest.mark.parametrize("form", ["indexed", "dense"])
+def test_augmentation_exchanges_nothing(form):
+    assert results()["augmentation"][form] == []
 
 
 def test_tensor_parallelism_sums_branches_and_gathers_no_activation():
@@ -117,6 +135,8 @@ if __name__ == "__main__":
         mesh: {name: exchanged(name, *sizes) for name in ("mha", "kdgqa")}
         for mesh, sizes in MESHES.items()
     }
+    forms = {"indexed": pixels.INDEXED, "dense": pixels.DENSE}
+    found["augmentation"] = {name: exchanged_by_augmentation(form) for name, form in forms.items()}
     sharding.split_batch = lambda x: x
     train_step.make_train_step.cache_clear()
     scanned = {"scan_layers": True, "remat": "full"}

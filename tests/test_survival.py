@@ -205,6 +205,7 @@ def test_when_no_checkpoint_can_be_read_nothing_starts_anew(config_file, whole, 
         train.train_and_evaluate(load(config_file), workdir)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_told_and_older_checkpoints_stay(config_file, whole, tmp_path):
     """A limit on the size of files, which the metrics stay below and a checkpoint does not."""
     workdir = unfinished(whole, tmp_path / "run")
@@ -227,6 +228,7 @@ def test_a_disk_that_is_full_is_told_and_older_checkpoints_stay(config_file, who
 # --- bad data -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read_stops_the_run_and_keeps_what_is_saved(config_file, tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
 

@@ -3,12 +3,15 @@
 Every operation is one of three kinds of work, so a batch in which each image has its own operation
 takes one pass of each kind, with parameters that leave the other images as they are:
 
-    affine  a nearest neighbour gather, black outside
-    blend   degenerate + factor * (image - degenerate)
-    lut     a lookup table of 256 grey levels per channel, made from the image's histogram
+    x, y, xy  the nearest source pixel, found along these axes; black outside
+    blend     degenerate + factor * (image - degenerate)
+    lut       a lookup table of 256 grey levels per channel, made from the image's histogram
 
-Axis legend: B batch, H height, W width, C channels (1 or 3). A *magnitude* has the unit of its
-operation (shear, pixels, degrees, factor - 1, bits, grey level) and carries the random sign.
+How pixels are counted, looked up and moved depends on the hardware; see `pixels.py`.
+
+Axis legend: B batch, C channels (1 or 3), H height, W width. Inside, images are planes, BCHW, and
+`levels` are planes as int32. A *magnitude* has the unit of its operation (shear, pixels, degrees,
+factor - 1, bits, grey level) and carries the random sign.
 
 Source: "RandAugment: Practical automated data augmentation with a reduced search space",
 arXiv 1909.13719; operations, magnitudes and sampling are those of torchvision, pixels those of PIL.
@@ -22,15 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdgqa_jax.data import pixels
 from kdgqa_jax.errors import UserError
 
 Array = jax.Array
 
 
-# --- affine: what to add to a pixel's position to find its source, (B, 2, 3) float32 --------------
-#
-# Rows are x and y. Columns are the change per pixel to the right, the change per pixel down, and
-# the displacement of the top left pixel's centre, in pixels.
+# --- x, y, xy: `pixels.Moves.displacement` of each magnitude, (B, 2, 3) float32 -------------------
 
 
 def _displacement(*entries: Array | float) -> Array:
@@ -62,129 +63,105 @@ def _rotate(m: Array, height: int, width: int) -> Array:
     )
 
 
-def _gather(images: Array, displacement: Array) -> Array:
-    """The source pixel of each pixel, in PIL's fixed point numbers of 1/65536 pixel."""
-    batch, height, width, channels = images.shape
-    scaled = displacement * 65536
-    floor = jnp.floor(scaled)
-    fixed = (floor + (scaled - floor >= 0.5).astype(floor.dtype)).astype(jnp.int32)
-    fixed = fixed[..., None, None]  # (B, 2, 3, 1, 1)
-    y, x = jnp.indices((height, width), dtype=jnp.int32, sparse=True)
-    y, x = y[None, None], x[None, None]  # (1, 1, H, 1), (1, 1, 1, W)
-    moved = fixed[:, :, 0] * x + fixed[:, :, 1] * y + fixed[:, :, 2] + 32768  # (B, 2, H, W)
-    source_x, source_y = x[0] + (moved[:, 0] >> 16), y[0] + (moved[:, 1] >> 16)
-    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-    index = jnp.where(inside, source_y * width + source_x, 0).reshape(batch, -1, 1)
-    pixels = images.reshape(batch, -1, channels)
-    gathered = jnp.take_along_axis(pixels, index, axis=1, mode="promise_in_bounds")
-    return jnp.where(inside[..., None], gathered.reshape(images.shape), 0)
+# --- blend: the degenerate image of levels and `Form.boxes` of them, (B, C, H, W) int32 -----------
 
 
-# --- blend: the degenerate image of an image, (B, H, W, C) int32 ---------------------------------
+def _black(levels: Array, boxes: Array) -> Array:
+    return jnp.zeros_like(levels)
 
 
-def _black(images: Array) -> Array:
-    return jnp.zeros_like(images)
+def _grey(levels: Array, boxes: Array) -> Array:
+    """ITU-R 601-2 luma in 16 bit fixed point, (B, 1, H, W)."""
+    if levels.shape[1] == 1:
+        return levels
+    red, green, blue = (levels[:, c : c + 1] for c in range(3))
+    return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
 
 
-def _grey(images: Array) -> Array:
-    """ITU-R 601-2 luma in 16 bit fixed point, (B, H, W, 1) if there are three channels."""
-    if images.shape[-1] == 1:
-        return images
-    weighted = images * jnp.array([19595, 38470, 7471])
-    return (jnp.sum(weighted, axis=-1, keepdims=True) + 0x8000) >> 16
-
-
-def _mean_grey(images: Array) -> Array:
-    count = images.shape[1] * images.shape[2]
-    total = jnp.sum(_grey(images), axis=(1, 2, 3), keepdims=True, dtype=jnp.uint32)
+def _mean_grey(levels: Array, boxes: Array) -> Array:
+    count = levels.shape[2] * levels.shape[3]
+    grey = _grey(levels, boxes)
+    total = jnp.sum(grey, axis=(1, 2, 3), keepdims=True, dtype=jnp.uint32)
     return ((2 * total + count) // (2 * count)).astype(jnp.int32)
 
 
-def _smooth(images: Array) -> Array:
+def _smooth(levels: Array, boxes: Array) -> Array:
     """The mean over 3x3 pixels, the middle one counted five times; the border stays as it is."""
-    rows = images[:, :-2] + images[:, 1:-1] + images[:, 2:]
-    boxes = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * images[:, 1:-1, 1:-1]
-    return images.at[:, 1:-1, 1:-1].set((2 * boxes + 13) // 26)
+    inner = np.zeros((1, 1, *levels.shape[2:]), bool)
+    inner[:, :, 1:-1, 1:-1] = True
+    return jnp.where(inner, (2 * boxes + 13) * 10083 >> 18, levels)  # exactly // 26
 
 
-def _blend(images: Array, degenerate: Array, factor: Array) -> Array:
-    """`images` and `degenerate` int32, `factor` (B, 1, 1, 1) float32 -> uint8."""
+def _blend(levels: Array, degenerate: Array, factor: Array) -> Array:
+    """`levels` and `degenerate` int32, `factor` (B, 1, 1, 1) float32 -> uint8."""
     # Clipping where it changes nothing keeps product and sum, each rounded as in PIL, from fusing.
-    change = jnp.clip(factor * (images - degenerate).astype(jnp.float32), -512, 512)
+    change = jnp.clip(factor * (levels - degenerate).astype(jnp.float32), -512, 512)
     return jnp.clip(degenerate.astype(jnp.float32) + change, 0, 255).astype(jnp.uint8)
 
 
-# --- lut: the new value of each grey level, (B, 256, C) or (B, 256, 1) int32 ---------------------
+# --- lut: the new value of each grey level, (B, C, 256) int32 ------------------------------------
 
-_LEVELS = np.arange(256, dtype=np.int32)[None, :, None]
+_LEVELS = np.arange(pixels.LEVELS, dtype=np.int32)[None, None]
 
 
 def _posterize(histogram: Array, m: Array) -> Array:
     dropped = 8 - m.astype(jnp.int32)[:, None, None]
-    return _LEVELS >> dropped << dropped
+    return jnp.broadcast_to(_LEVELS >> dropped << dropped, histogram.shape)
 
 
 def _solarize(histogram: Array, m: Array) -> Array:
-    return jnp.where(m[:, None, None] > _LEVELS.astype(m.dtype), _LEVELS, 255 - _LEVELS)
+    solarized = jnp.where(m[:, None, None] > _LEVELS.astype(m.dtype), _LEVELS, 255 - _LEVELS)
+    return jnp.broadcast_to(solarized, histogram.shape)
 
 
 @functools.cache
-def _autocontrast_shortfall() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where PIL's `int(level * scale - low * scale)` in float64 is 1 below the exact quotient.
+def _scales() -> np.ndarray:
+    """(3, 256) int32: what the float64 `255.0 / spread` of PIL is, by spread.
 
-    With `spread = high - low` that can only be where (level - low) * 255 / spread is whole, every
-    `stride[spread]` levels from `low`. Returns (stride (256,), start (256,), short): the entry for
-    the i-th such level is `short[start[spread] + low * (spread // stride[spread] + 1) + i]`.
+    Its exponent, the last nine bits of its significand, and how much that is too large, in
+    1 / spread of the last bit.
     """
-    spreads = np.arange(1, 256)
-    strides = spreads // np.gcd(spreads, 255)
-    short = []
-    for spread, stride in zip(spreads, strides, strict=True):
-        scale = 255.0 / spread
-        low, above = np.arange(256 - spread)[:, None], np.arange(0, spread + 1, stride)
-        stretched = ((low + above) * scale - low * scale).astype(np.int64)
-        short.append((stretched < above * 255 // spread).ravel())
-    starts = np.cumsum([0, *map(len, short)])[:-1]
-    stride, start = (np.pad(x, (1, 0), constant_values=1) for x in (strides, starts))
-    return stride.astype(np.int32), start.astype(np.int32), np.concatenate(short)
+    spread = np.arange(1, 256)
+    significand, exponent = np.frexp(255.0 / spread)
+    bits, exponent = (significand * 2.0**53).astype(np.int64), exponent - 1
+    excess = bits * spread - (255 << (52 - exponent))
+    return np.pad([exponent, bits % 512, excess], ((0, 0), (1, 0))).astype(np.int32)
+
+
+def _log2(number: Array) -> Array:
+    """Rounded down; -1 for numbers below 1."""
+    return 31 - jax.lax.clz(jnp.maximum(number, 0))
+
+
+def _rounding(level: Array, spread: Array, exponent: Array, bits: Array) -> Array:
+    """What float64 adds to `level * (255.0 / spread)` as it rounds, in last bits of the scale."""
+    dropped = jnp.maximum(_log2(level * 255 // spread) - exponent, 0)
+    product, unit = level * bits, 1 << dropped
+    rest, odd = product & (unit - 1), (product >> dropped) & 1
+    return jnp.where(2 * rest + odd > unit, unit, 0) - rest  # halves go to the even one
 
 
 def _autocontrast(histogram: Array, m: Array) -> Array:
+    """PIL's `int(level * scale - low * scale)` in float64: 1 below some whole quotients."""
     present = histogram > 0
-    low = jnp.argmax(present, axis=1, keepdims=True)
-    high = 255 - jnp.argmax(present[:, ::-1], axis=1, keepdims=True)
-    spread = high - low
+    low = jnp.argmax(present, axis=-1, keepdims=True)
+    high = 255 - jnp.argmax(present[..., ::-1], axis=-1, keepdims=True)
+    spread = jnp.maximum(high - low, 1)
+    exponent, bits, excess = (_pick(table, high - low) for table in _scales())
     above = jnp.clip(_LEVELS - low, 0, spread)
-    stride, start, short = map(jnp.asarray, _autocontrast_shortfall())
-    stride, start = stride[spread], start[spread]
-    entry = start + low * (spread // stride + 1) + above // stride
-    below_exact = (short[entry] & (above % stride == 0)).astype(jnp.int32)
-    stretched = above * 255 // jnp.maximum(spread, 1) - below_exact
-    return jnp.where(spread > 0, stretched, _LEVELS)
+    quotient, rest = above * 255 // spread, above * 255 % spread
+    added = _rounding(low + above, spread, exponent, bits) - _rounding(low, spread, exponent, bits)
+    error = above * excess // spread + added
+    gap = 1 << jnp.maximum(_log2(quotient - 1) - exponent, 0)  # to the number below the quotient
+    stretched = quotient - ((rest == 0) & (2 * error < -gap)).astype(jnp.int32)
+    return jnp.where(high > low, stretched, _LEVELS)
 
 
 def _equalize(histogram: Array, m: Array) -> Array:
-    below = jnp.cumsum(histogram, axis=1) - histogram
-    brightest = 255 - jnp.argmax(histogram[:, ::-1] > 0, axis=1, keepdims=True)
-    step = jnp.take_along_axis(below, brightest, axis=1) // 255
+    below = jnp.cumsum(histogram, axis=-1) - histogram
+    step = jnp.max(jnp.where(histogram > 0, below, 0), axis=-1, keepdims=True) // 255
     equalized = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
     return jnp.where(step > 0, equalized, _LEVELS)
-
-
-def _histogram(images: Array) -> Array:
-    """(B, H, W, C) integers -> (B, 256, C) int32 counts."""
-    batch, _, _, channels = images.shape
-    b, c = jnp.indices((batch, channels), sparse=True)
-    counts = jnp.zeros((batch, 256, channels), jnp.int32)
-    return counts.at[b[:, None, None], images, c[:, None, None]].add(1, mode="promise_in_bounds")
-
-
-def _look_up(images: Array, lut: Array) -> Array:
-    batch, _, _, channels = images.shape
-    levels = images.reshape(batch, -1, channels)
-    found = jnp.take_along_axis(lut, levels, axis=1, mode="promise_in_bounds")
-    return found.reshape(images.shape)
 
 
 # --- the operations ------------------------------------------------------------------------------
@@ -220,8 +197,9 @@ def _bits(num_bins: int, height: int, width: int) -> np.ndarray:
 class Op(NamedTuple):
     """An operation: what kind of work it is, its own part of it, and its magnitudes.
 
-    `function` of the family "affine" is (magnitude (B,), H, W) -> displacement; of "blend" images
-    -> degenerate images; of "lut" (histogram, magnitude (B,)) -> lut; see the sections above.
+    `function` of the families "x", "y" and "xy" is (magnitude (B,), H, W) -> displacement; of
+    "blend" (levels, boxes) -> degenerate levels; of "lut" (histogram, magnitude (B,)) -> lut; see
+    the sections above.
     `magnitudes` is (num_bins, H, W) -> (num_bins,) float32, and `signed` says whether a random one
     of them is negated.
     """
@@ -234,11 +212,11 @@ class Op(NamedTuple):
 
 OPS: dict[str, Op] = {
     "Identity": Op("none", None, _between(0.0, 0.0), False),
-    "ShearX": Op("affine", _shear_x, _between(0.0, 0.3), True),
-    "ShearY": Op("affine", _shear_y, _between(0.0, 0.3), True),
-    "TranslateX": Op("affine", _translate_x, _shift_x, True),
-    "TranslateY": Op("affine", _translate_y, _shift_y, True),
-    "Rotate": Op("affine", _rotate, _between(0.0, 30.0), True),
+    "ShearX": Op("x", _shear_x, _between(0.0, 0.3), True),
+    "ShearY": Op("y", _shear_y, _between(0.0, 0.3), True),
+    "TranslateX": Op("x", _translate_x, _shift_x, True),
+    "TranslateY": Op("y", _translate_y, _shift_y, True),
+    "Rotate": Op("xy", _rotate, _between(0.0, 30.0), True),
     "Brightness": Op("blend", _black, _between(0.0, 0.9), True),
     "Color": Op("blend", _grey, _between(0.0, 0.9), True),
     "Contrast": Op("blend", _mean_grey, _between(0.0, 0.9), True),
@@ -250,6 +228,9 @@ OPS: dict[str, Op] = {
 }
 """The operations by name, in torchvision's order; `op_index` counts in it."""
 
+_MOVES = ("x", "y", "xy")
+"""The families of operations that move pixels, by the axes along which they do."""
+
 
 def _choose(family: str, op_index: Array, default: Array, *arguments: object) -> Array:
     """What each image's operation gives, called with `arguments`; `default` for other families."""
@@ -260,9 +241,70 @@ def _choose(family: str, op_index: Array, default: Array, *arguments: object) ->
     return default
 
 
+def _tables(op_index: Array, histogram: Array, magnitude: Array) -> Array:
+    """The lut of each image, (B, C, 256) uint8.
+
+    In a loop: the compiler for CPUs would make the tables for each pixel again if it could.
+    """
+    ops = {index: op.function for index, op in enumerate(OPS.values()) if op.family == "lut"}
+
+    def add(i: Array, lut: Array) -> Array:
+        made = jax.lax.switch(i, list(ops.values()), histogram, magnitude)
+        return jnp.where((op_index == jnp.asarray(list(ops))[i])[:, None, None], made, lut)
+
+    same = jnp.broadcast_to(_LEVELS, histogram.shape)
+    return jax.lax.fori_loop(0, len(ops), add, same).astype(jnp.uint8)
+
+
+def _apply(planes: Array, op_index: Array, magnitude: Array, moves: pixels.Moves) -> Array:
+    """Apply to each image its own operation: (B, C, H, W) uint8 -> the same."""
+    form = pixels.form()
+    levels = planes.astype(jnp.int32)
+    degenerate = _choose("blend", op_index, levels, levels, form.boxes(planes))
+    blended = _blend(levels, degenerate, 1.0 + magnitude[:, None, None, None])
+    lut = _tables(op_index, form.histogram(planes), magnitude)
+    # Behind a barrier, lest the compiler blend again for each use of a pixel.
+    blended, lut = jax.lax.optimization_barrier((blended, lut))
+    return form.move(form.look_up(blended, lut), moves)
+
+
+def _pick(table: np.ndarray, index: Array) -> Array:
+    """`table[index]` without a gather; 0 where there is no such entry."""
+    entry = np.arange(len(table), dtype=np.int32)
+    entry, table = (np.expand_dims(x, tuple(range(index.ndim))) for x in (entry, table))
+    return jnp.sum(jnp.where(index[..., None] == entry, table, 0), axis=-1)
+
+
+def _moves(
+    op_index: Array, sign: Array, strength: np.ndarray, shape: tuple[int, int]
+) -> pixels.Moves:
+    """Those of images (H, W) whose operation has the magnitude `strength[op_index]`, in `sign`.
+
+    The kinds of moves are none, and every operation that moves, in either sign.
+    """
+    displacement, axes, first = [jnp.zeros((1, 2, 3))], [""], np.zeros(len(OPS), np.int32)
+    for index, op in enumerate(OPS.values()):
+        if op.family in _MOVES:
+            first[index] = len(axes)
+            both = jnp.asarray([strength[index], -strength[index]])
+            displacement.append(op.function(both, *shape))
+            axes += [op.family] * 2
+    kind = _pick(first, op_index)
+    kind += ((kind > 0) & (sign < 0)).astype(kind.dtype)
+    return pixels.Moves(kind, jnp.concatenate(displacement), tuple(axes))
+
+
+def _check_images(images: Array) -> None:
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or images.dtype != jnp.uint8:
+        raise UserError(
+            "RandAugment needs uint8 images of shape (B, H, W, 1) or (B, H, W, 3), got"
+            f" {images.dtype} {images.shape}"
+        )
+
+
 @jax.jit
 def apply_op(images: Array, op_index: Array, signed_magnitude: Array) -> Array:
-    """Apply to each image its own operation.
+    """Apply to each image its own operation, of any magnitude.
 
     Args:
       images: (B, H, W, C) uint8, C 1 or 3.
@@ -275,27 +317,15 @@ def apply_op(images: Array, op_index: Array, signed_magnitude: Array) -> Array:
     Raises:
       UserError: `images` are not as above.
     """
-    if images.ndim != 4 or images.shape[3] not in (1, 3) or images.dtype != jnp.uint8:
-        raise UserError(
-            "RandAugment needs uint8 images of shape (B, H, W, 1) or (B, H, W, 3), got"
-            f" {images.dtype} {images.shape}"
-        )
-    batch, height, width, channels = images.shape
+    _check_images(images)
+    batch, height, width, _ = images.shape
     magnitude = signed_magnitude.astype(jnp.float32)
-    levels = images.astype(jnp.int32)
-    degenerate = _choose("blend", op_index, levels, levels)
-    blended = _blend(levels, degenerate, 1.0 + magnitude[:, None, None, None])
-
-    same = jnp.broadcast_to(_LEVELS, (batch, 256, channels))
-    # Under a condition: a compiler makes the tables for each pixel anew if it can.
-    lut = jax.lax.cond(
-        jnp.any(jnp.asarray([op.family == "lut" for op in OPS.values()])[op_index]),
-        lambda: _choose("lut", op_index, same, _histogram(levels), magnitude).astype(jnp.uint8),
-        lambda: same.astype(jnp.uint8),
-    )
-    still = jnp.zeros((batch, 2, 3), jnp.float32)
-    displacement = _choose("affine", op_index, still, magnitude, height, width)
-    return _gather(_look_up(blended, lut), displacement)
+    displacement = jnp.zeros((batch, 2, 3), jnp.float32)
+    for family in _MOVES:
+        displacement = _choose(family, op_index, displacement, magnitude, height, width)
+    moves = pixels.Moves(jnp.arange(batch), displacement, ("xy",) * batch)
+    planes = _apply(jnp.moveaxis(images, 3, 1), op_index, magnitude, moves)
+    return jnp.moveaxis(planes, 1, 3)
 
 
 def sample_ops(keys: Array, num_ops: int) -> tuple[Array, Array]:
@@ -358,15 +388,20 @@ def rand_augment(
     Raises:
       UserError: an option is out of its range, or `images` or `keys` are not as above.
     """
+    _check_images(images)
     _check_options(images, keys, num_ops, magnitude, num_magnitude_bins)
+    op_index, sign = sample_ops(keys, num_ops)
     _, height, width, _ = images.shape
     tables = [op.magnitudes(num_magnitude_bins, height, width) for op in OPS.values()]
-    strength = jnp.asarray([table[magnitude] for table in tables], jnp.float32)
-    signed = jnp.asarray([op.signed for op in OPS.values()])
-    op_index, sign = sample_ops(keys, num_ops)
-    signed_magnitude = strength[op_index] * jnp.where(signed[op_index], sign, 1.0)
+    strength = np.asarray([table[magnitude] for table in tables])
+    signed = np.asarray([op.signed for op in OPS.values()], np.int32)
+    sign = jnp.where(_pick(signed, op_index) > 0, sign, 1.0)
+    moves = _moves(op_index, sign, strength, (height, width))
 
-    def step(images: Array, drawn: tuple[Array, Array]) -> tuple[Array, None]:
-        return apply_op(images, *drawn), None
+    def step(planes: Array, drawn: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        op_index, magnitude, kind = drawn
+        return _apply(planes, op_index, magnitude, moves._replace(kind=kind)), None
 
-    return jax.lax.scan(step, images, (op_index.T, signed_magnitude.T))[0]
+    drawn = (op_index.T, (_pick(strength, op_index) * sign).T, moves.kind.T)
+    planes = jax.lax.scan(step, jnp.moveaxis(images, 3, 1), drawn)[0]
+    return jnp.moveaxis(planes, 1, 3)
