@@ -135,11 +135,8 @@ are accumulated. Estimated, not measured, for devices of 80 GB; --config.microba
 
 
 def set_model(config: ConfigDict, **fields: Any) -> None:
-    """Set fields of `config.model`; layers are scanned, which compiles faster.
-
-    Raises UserError: a model that cannot be built.
-    """
-    for name, value in {**fields, "scan_layers": True}.items():
+    """Set fields of `config.model`. Raises UserError: a model that cannot be built."""
+    for name, value in fields.items():
         config.model[name] = value  # an update would leave None out
     vit.create(**config.model.to_dict())
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from kdgqa_jax import allocation as alloc
 from kdgqa_jax import noise
@@ -254,7 +255,7 @@ class GroupedQueryAttention(nn.Module):
             dense = nn.DenseGeneral(
                 (count, head_width), use_bias=self.qkv_bias, name=name, **common
             )
-            return dense(x)
+            return checkpoint_name(dense(x), name)
 
         query = heads(self.num_heads, "query")  # BTNH
         key = heads(num_kv_heads, "key")  # BSKH
@@ -281,6 +282,7 @@ class GroupedQueryAttention(nn.Module):
             out = grouped_attention(query, key, value, index, **options)
         if noise_rng is not None and self.noise_target == "output":
             out = noise.perturb_output(noise_rng, out, *noise_options)
+        out = checkpoint_name(out, "heads")
         self._record("inputs", heads=out)
         out = nn.DenseGeneral(width, axis=(-2, -1), name="out", **common)(out)
         return nn.Dropout(self.dropout, deterministic=not train)(out)

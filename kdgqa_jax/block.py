@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict
+from jax.ad_checkpoint import checkpoint_name
 
 from kdgqa_jax import sharding
 from kdgqa_jax.attention import GroupedQueryAttention
@@ -57,7 +58,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         width = x.shape[-1]
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": _kernel_init}
-        x = nn.Dense(self.mlp_width, name="fc1", **common)(x)
+        x = checkpoint_name(nn.Dense(self.mlp_width, name="fc1", **common)(x), "fc1")
         x = gelu(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = nn.Dense(width, name="fc2", **common)(x)
@@ -88,7 +89,7 @@ class Block(nn.Module):
         def residual(x: Array, branch: Array) -> Array:
             if train and drop_path_rate is not None:
                 branch = drop_path(branch, drop_path_rate, self.make_rng("dropout"))
-            return sharding.split_batch(x + branch)
+            return checkpoint_name(sharding.split_batch(x + branch), "stream")
 
         attention = GroupedQueryAttention(
             **self.attention, dropout=self.dropout, kernel_init=_kernel_init, name="attn", **common

@@ -5,6 +5,7 @@ it comes from) and `weights.safetensors` (params and norm_stats, by their paths)
 """
 
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -20,7 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from kdgqa_jax import model_json, paths, processes, vit, workdir
+from kdgqa_jax import layers, model_json, paths, processes, sharding, vit, workdir
 from kdgqa_jax.console import say
 from kdgqa_jax.errors import UserError, one_line, printable
 
@@ -99,7 +100,8 @@ class StateCheckpoints:
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """(state, position) of the newest step that can be read; None: there are no checkpoints.
 
-        Damaged ones are reported and set aside beside `directory`; a sound one never is.
+        Damaged ones are reported and set aside beside `directory`; a sound one never is. Layers may
+        have been stacked when it was saved and not be now, or the other way round.
 
         Args:
           like: an abstract state: shapes, dtypes and shardings, which need not be those of before.
@@ -135,13 +137,20 @@ class StateCheckpoints:
             return "its metadata is incomplete"
         except Exception as error:  # whatever Orbax and TensorStore raise
             return self._damage(step, error)
-        self._check_fits(step, stored, _arrays(like))
+        there = like
+        if stored.keys() != _arrays(like).keys():
+            there = _in_other_layout(like)
+        self._check_fits(step, stored, _arrays(there))
         try:
-            state = self._checkpointer.load(step, like)
+            state = self._checkpointer.load(step, there)
         except Exception as error:
             return self._damage(step, error)
         if int(_checksum(state)) != checksum:
             return "its checksum is wrong"
+        if there is not like:
+            shardings = jax.tree.map(lambda x: x.sharding, like)
+            relay = functools.partial(layers.in_layout, stacked=layers.is_stacked(like))
+            state = jax.jit(relay, out_shardings=shardings)(state)
         return state, position
 
     def _damage(self, step: int, error: Exception) -> str:
@@ -207,6 +216,16 @@ class StateCheckpoints:
                 f"a checkpoint in {self.directory} cannot be {what} ({reason}); older"
                 " ones are as they were; free space or change permissions, then run this again"
             ) from None
+
+
+def _in_other_layout(like: Any) -> Any:
+    """An abstract state with its layers stacked if they are not, and the other way round."""
+    try:
+        relay = functools.partial(layers.in_layout, stacked=not layers.is_stacked(like))
+        shapes = jax.eval_shape(relay, like)
+    except ValueError:  # layers that differ, as some are frozen
+        return like
+    return abstract(shapes, sharding.by_rules(shapes, jax.tree.leaves(like)[0].sharding.mesh))
 
 
 def _arrays(tree: Any) -> dict[str, str]:

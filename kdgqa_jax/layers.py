@@ -41,6 +41,28 @@ def unstack_layers(tree: dict[str, Any]) -> dict[str, Any]:
     return {**rest, **layers}
 
 
+def is_stacked(tree: Any) -> bool:
+    """If layers are stacked in a tree that holds parameters somewhere."""
+    return any("blocks" in branch for branch in _branches(tree) if _has_layers(branch))
+
+
+def in_layout(tree: Any, stacked: bool) -> Any:
+    """The same with every branch of layers in it, those of an optimizer among them, in a layout.
+
+    Raises ValueError: layers whose branches differ cannot be stacked.
+    """
+    layout = stack_layers if stacked else unstack_layers
+    return jax.tree.map(lambda x: layout(x) if _has_layers(x) else x, tree, is_leaf=_has_layers)
+
+
+def _branches(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=_has_layers)
+
+
+def _has_layers(tree: Any) -> bool:
+    return isinstance(tree, dict) and ("blocks" in tree or "blocks_0" in tree)
+
+
 def widened(tree: Any) -> Any:
     """Arrays of half precision as float32, others as they are: what conversions compute with."""
 

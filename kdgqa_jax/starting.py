@@ -179,10 +179,14 @@ def write(start: Start, workdir: pathlib.Path) -> None:
     workdir_lib.write_json(workdir / RECORD, {name: getattr(start, name) for name in fields})
 
 
-def read(workdir: pathlib.Path) -> Start | None:
-    """What a run has started from; None: from nothing."""
+def read(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Start | None:
+    """What a run has started from, to be run as `config` has it now; None: from nothing."""
     path = workdir / RECORD
-    return Start(**workdir_lib.read_json(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    start = Start(**workdir_lib.read_json(path))
+    program = {name: config.model[name] for name in vit.OF_THE_PROGRAM}
+    return dataclasses.replace(start, model={**start.model, **program})
 
 
 def check_shapes(init: str, variables: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -38,11 +38,13 @@ MAY_CHANGE = (
     "log_every",
     "logs",
     "on_nonfinite",
+    *(f"model.{name}" for name in vit.OF_THE_PROGRAM),
 )
 """Fields that may change when a run resumes, or in a stage of a study that does.
 
 What is computed stays the same but for rounding, the random draws inside the model where other
-parts of a batch are processed at once, and what happens to numbers that are not finite.
+parts of a batch are processed at once or layers are scanned, and what happens to numbers that are
+not finite.
 """
 
 BEST = {"": None, "top1": max, "top5": max, "loss": min}
@@ -336,5 +338,5 @@ def _start(
 ) -> starting.Start:
     """What the run starts, or has started, from."""
     if checkpoint.any_saved(workdir / "checkpoints"):
-        return starting.read(workdir) or starting.start(config, num_classes, channels)
+        return starting.read(workdir, config) or starting.start(config, num_classes, channels)
     return starting.start(config, num_classes, channels)

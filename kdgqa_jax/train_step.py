@@ -180,7 +180,8 @@ def _gradients(
     mutable = ["grouping"] if given else ["grouping", "norm_stats"]
 
     def loss_fn(params: Tree):
-        logits, collections = model.apply(
+        logits, collections = vit.apply(
+            model,
             {"params": params, **fixed},
             batch["images"],
             train=True,
@@ -249,7 +250,8 @@ def _whole_batch_grouping(
         return state.norm_stats, None
 
     def look() -> tuple[Tree, Tree]:
-        _, collections = model.apply(
+        _, collections = vit.apply(
+            model,
             {"params": state.params, "norm_stats": state.norm_stats},
             images,
             train=True,

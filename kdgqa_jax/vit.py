@@ -39,20 +39,21 @@ REMAT_POLICIES: dict[str, Any] = {
     "none": None,  # keep all activations
     "dots": jax.checkpoint_policies.dots_saveable,  # keep the results of matrix products
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of projections
+    "names": jax.checkpoint_policies.save_only_these_names(  # as dots_no_batch, in fewer arrays
+        "query", "key", "value", "heads", "stream", "fc1"
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block only
 }
 
-OF_THE_RUN = (
-    "dropout",
-    "attn_dropout",
-    "drop_path",
-    "scan_layers",
-    "remat",
-    "dtype",
-    "param_dtype",
-    "implementation",
-)
+OF_THE_PROGRAM = ("scan_layers", "remat", "implementation")
+"""Options that change numbers by rounding only, and which random numbers a layer draws."""
+
+OF_THE_RUN = ("dropout", "attn_dropout", "drop_path", "dtype", "param_dtype", *OF_THE_PROGRAM)
 """Options that say how to train and compute, not what: a run takes them from its own config."""
+
+SCANNED = ("cpu",)
+"""Platforms where `scan_layers` None scans. CPUs add residual streams up again in each unrolled
+layer; accelerators keep more of a scan than they need (docs/speed.md)."""
 
 _COLLECTIONS = ("params", "norm_stats", "given", "grouping", "intermediates", "inputs")
 
@@ -85,7 +86,8 @@ class VisionTransformer(nn.Module):
       dropout: after the position embedding, the attention output and the MLP layers.
       drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
       scan_layers: one compiled block for all layers (`blocks` with a leading L axis) instead of L
-        of them (`blocks_0`..); `stack_layers` and `unstack_layers` convert between the two.
+        of them (`blocks_0`..); `stack_layers` and `unstack_layers` convert between the two. None:
+        parameters as with False; `vit.apply` scans on the platforms in `SCANNED`.
       remat: a name in `REMAT_POLICIES`.
       dtype: of the computation; None: that of inputs and parameters.
       param_dtype: of the parameters.
@@ -105,7 +107,7 @@ class VisionTransformer(nn.Module):
     norm_epsilon: float = 1e-6
     dropout: float = 0.0
     drop_path: float = 0.0
-    scan_layers: bool = False
+    scan_layers: bool | None = False
     remat: str = "none"
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -382,9 +384,19 @@ def arguments(model: VisionTransformer) -> dict[str, Any]:
 
 
 def init_variables(model: VisionTransformer, rng: Array, channels: int = 3) -> dict[str, Any]:
-    """{"params": ..., and for DGQA "norm_stats": ...}, made by one jitted initialisation."""
-    images = jax.ShapeDtypeStruct((1, *model.image_shape, channels), jnp.float32)
-    return jax.jit(lambda rng: model.init(rng, jnp.zeros(images.shape, images.dtype)))(rng)
+    """{"params": ..., and for DGQA "norm_stats": ...}, made by one jitted initialisation.
+
+    The same numbers whether layers are scanned or not.
+    """
+    scanned = model.clone(scan_layers=True)
+    layout = layers.stack_layers if model.scan_layers else layers.unstack_layers
+
+    @jax.jit
+    def initialise(rng: Array) -> dict[str, Any]:
+        variables = scanned.init(rng, jnp.zeros((1, *model.image_shape, channels), jnp.float32))
+        return {name: layout(tree) for name, tree in variables.items()}
+
+    return initialise(rng)
 
 
 @functools.lru_cache(maxsize=8)
@@ -418,6 +430,27 @@ def init_norm_stats(model: VisionTransformer) -> dict[str, Any]:
     return layers.stack_layers(blocks) if model.scan_layers else blocks
 
 
+def apply(
+    model: VisionTransformer, variables: dict[str, Any], images: Array, **options: Any
+) -> tuple[Array, dict[str, Any]]:
+    """`model.apply` with layers scanned or not as `scan_layers` and the platform have it.
+
+    Args:
+      model: any variant.
+      variables: in the layout of the model.
+      images: (B, height, width, channels) float, normalised.
+      **options: those of `model.apply`, `mutable` among them.
+
+    Returns:
+      (logits, the mutable collections in the layout of the model).
+    """
+    if model.scan_layers is not None or sharding.platform() not in SCANNED:
+        return model.apply(variables, images, **options)
+    stacked = {name: layers.stack_layers(tree) for name, tree in variables.items()}
+    logits, collections = model.clone(scan_layers=True).apply(stacked, images, **options)
+    return logits, {name: layers.unstack_layers(tree) for name, tree in collections.items()}
+
+
 def apply_in_evaluation(
     model: VisionTransformer,
     variables: dict[str, Any],
@@ -434,7 +467,8 @@ def apply_in_evaluation(
       mask: (B,) bool, False for padded images.
       collect: further collections that the layers write.
     """
-    return model.apply(
+    return apply(
+        model,
         variables,
         images,
         mask=mask,

@@ -96,21 +96,25 @@ def test_allocation_changes_in_steps_of_the_window_only(whole_run):
     assert changed_at and all(step % 3 == 0 for step in changed_at)
 
 
-@pytest.mark.parametrize("stop_at", [3, 8])
-def test_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, monkeypatch, stop_at):
-    """Stopped before and after the first checkpoint (step 5)."""
-    workdir, result = whole_run
+def interrupt(settings, workdir, step):
+    """Run until the metrics of a step are written."""
     write = logs.MetricsWriter.write
 
     def stop(self, **record):
         write(self, **record)
-        if record["step"] == stop_at:
+        if record["step"] == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(logs.MetricsWriter, "write", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train.train_and_evaluate(tiny_config("dgqa_diff"), tmp_path)
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(logs.MetricsWriter, "write", stop)
+        train.train_and_evaluate(settings, workdir)
+
+
+@pytest.mark.parametrize("stop_at", [3, 8])
+def test_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, stop_at):
+    """Stopped before and after the first checkpoint (step 5)."""
+    workdir, result = whole_run
+    interrupt(tiny_config("dgqa_diff"), tmp_path, stop_at)
     resumed = train.train_and_evaluate(tiny_config("dgqa_diff"), tmp_path)
     assert {k: resumed[k] for k in FIGURES} == {k: result[k] for k in FIGURES}
     assert_same(final_state(tmp_path), final_state(workdir))
@@ -122,6 +126,33 @@ def test_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, monkeypatch, s
         ]
 
     assert figures(tmp_path) == figures(workdir)
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, False), (None, True)])
+def test_a_run_resumes_with_its_layers_in_the_other_layout(tmp_path, monkeypatch, before, after):
+    def settings(scan_layers):
+        changes = {"ema_decay": 0.9, "optim.freeze": ("pos_embed", "blocks_*/norm1")}
+        return tiny_config("dgqa_diff", **changes, **{"model.scan_layers": scan_layers})
+
+    interrupt(settings(before), tmp_path / "run", 8)
+    saved, restored = final_state(tmp_path / "run"), []
+    restore = checkpoint.StateCheckpoints.restore
+
+    def record(*arguments):
+        found = restore(*arguments)
+        if found:
+            restored.append(jax.device_get(found[0]))
+        return found
+
+    monkeypatch.setattr(checkpoint.StateCheckpoints, "restore", record)
+    resumed = train.train_and_evaluate(settings(after), tmp_path / "run")
+    (state,) = restored
+    assert layers.is_stacked(state.params) == bool(after) != layers.is_stacked(saved["params"])
+    for name in ("params", "ema", "norm_stats"):
+        assert_same(getattr(state, name), layers.in_layout(saved[name], bool(after)))
+    whole = train.train_and_evaluate(settings(after), tmp_path / "whole")
+    assert resumed["steps"] == 12
+    assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-4)
 
 
 def test_finished_run_is_left_as_it_is(whole_run):

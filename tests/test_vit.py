@@ -185,6 +185,34 @@ def test_scanned_layers_equal_unrolled_ones(attention):
         assert np.any(allocations != 2)
 
 
+def test_layers_are_scanned_where_the_platform_has_it_faster(monkeypatch):
+    """With scan_layers None; parameters and collections stay unstacked."""
+    x = images()
+    model = tiny_vit("dgqa_ema", scan_layers=None)
+    variables = vit_variables(tiny_vit("dgqa_ema"))
+
+    def run():
+        function = jax.jit(lambda v, x: vit.apply_in_evaluation(model, v, x))
+        return "while" in function.lower(variables, x).as_text(), function(variables, x)
+
+    scanned, (logits, collections) = run()
+    assert scanned
+    monkeypatch.setattr(vit, "SCANNED", ())
+    unrolled, (expected, unstacked) = run()
+    assert not unrolled
+    helpers.assert_close(logits, expected, 1e-5)
+    helpers.assert_close(collections, unstacked, 1e-5)
+
+
+def test_an_initialisation_is_the_same_in_either_layout():
+    first, second = (
+        vit.init_variables(tiny_vit("dgqa_ema", scan_layers=scan), jax.random.key(3), 1)
+        for scan in (None, True)
+    )
+    for name, tree in first.items():
+        helpers.assert_close(layers.stack_layers(tree), second[name], 0)
+
+
 def test_layers_are_stacked_in_order_and_back():
     tree = {f"blocks_{i}": {"w": np.full((2, 3), i)} for i in range(12)} | {"norm": np.ones(2)}
     stacked = layers.stack_layers(tree)

@@ -5,7 +5,7 @@ those one element at a time. `DENSE` has none of them: it selects by the bits of
 and moves pixels by products with matrices of zeros and ones. Both give the same integers.
 
 Axis legend: B batch, C channels, H height, W width, K kinds of moves. Images are planes,
-(B, C, H, W) uint8.
+(B, C, H, W), of uint8 where nothing else is said.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,8 +45,9 @@ class Form(NamedTuple):
       boxes: planes -> (B, C, H, W) int32, the sum over 3x3 pixels, the middle one counted five
         times. The border is undefined.
       histogram: planes -> (B, C, 256) int32 counts.
-      look_up: (planes, lut (B, C, 256) uint8) -> lut[planes].
-      move: (planes, moves) -> the nearest source pixels; black where they lie outside.
+      look_up: (planes, lut (B, C, 256) uint8) -> lut[planes], of any integer type.
+      move: (planes of any integer type, moves) -> the nearest source pixels; black where they lie
+        outside.
     """
 
     boxes: Callable[[Array], Array]
@@ -153,7 +154,7 @@ def _select_entries(planes: Array, lut: Array) -> Array:
         is_set = levels & (1 << bit) != 0
         pairs = zip(words[::2], words[1::2], strict=True)
         words = [jnp.where(is_set, one, zero) for zero, one in pairs]
-    return (words[0] >> 8 * (levels & 3) & 255).astype(jnp.uint8)
+    return words[0] >> 8 * (levels & 3) & 255
 
 
 def _multiply_places(planes: Array, moves: Moves) -> Array:

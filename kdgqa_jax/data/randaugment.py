@@ -402,6 +402,7 @@ def rand_augment(
         op_index, magnitude, kind = drawn
         return _apply(planes, op_index, magnitude, moves._replace(kind=kind)), None
 
+    # Unrolled, since a loop fixes the layout of images between operations.
     drawn = (op_index.T, (_pick(strength, op_index) * sign).T, moves.kind.T)
-    planes = jax.lax.scan(step, jnp.moveaxis(images, 3, 1), drawn)[0]
+    planes = jax.lax.scan(step, jnp.moveaxis(images, 3, 1), drawn, unroll=2)[0]
     return jnp.moveaxis(planes, 1, 3)
