@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -68,31 +69,57 @@ COMMANDS: dict[str, Command] = {
     ),
     "predict": Command("logits or top classes of images", flags.add_predict, commands.run_predict),
     "inspect": Command("what a model directory holds", flags.add_inspect, commands.run_inspect),
-    "bench": Command(
-        "what training steps and conversions cost on this machine",
-        flags.add_bench,
-        commands.run_bench,
+    "bench train": Command(
+        "time and memory of training steps, variant by variant",
+        flags.add_bench_steps,
+        functools.partial(commands.run_bench_steps, "train"),
         has_config=True,
     ),
+    "bench eval": Command(
+        "time and memory of evaluation steps",
+        flags.add_bench_steps,
+        functools.partial(commands.run_bench_steps, "eval"),
+        has_config=True,
+    ),
+    "bench data": Command(
+        "images per second of every stage of the input pipeline",
+        flags.add_bench_data,
+        commands.run_bench_data,
+        has_config=True,
+    ),
+    "bench convert": Command(
+        "time and memory of a conversion",
+        flags.add_bench_convert,
+        commands.run_bench_convert,
+    ),
 }
+
+GROUPS = {"bench": "what training steps, evaluation, data and conversions cost on this machine"}
+"""The first words of commands that have two."""
 
 RESUMES = "the same command resumes"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def build_parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of everything, named "", and that of each command."""
     parser = flags.Parser(
         prog="kdgqa",
         description="Grouped query attention for Vision Transformers in JAX.",
         epilog="kdgqa COMMAND --help shows the flags of a command.",
     )
     parser.add_argument("--version", action="version", version=f"kdgqa-jax {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers: dict[str, argparse.ArgumentParser] = {"": parser}
+    places = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name,
+        group, _, _ = name.rpartition(" ")
+        if group not in places:
+            summary = GROUPS[group]
+            words = places[""].add_parser(group, help=summary, description=_sentence(summary))
+            places[group] = words.add_subparsers(dest="command", required=True, metavar="WHAT")
+        subparser = places[group].add_parser(
+            name.split()[-1],
             help=command.summary,
-            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+            description=_sentence(command.summary),
             epilog="any other field of the config: --config.FIELD=VALUE"
             if command.has_config
             else None,
@@ -100,8 +127,14 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_flags(subparser)
         subparser.add_argument("--debug", action="store_true", help="show tracebacks")
+        subparser.set_defaults(command=name)
         subparser.usage = flags.usage(subparser)
-    return parser
+        parsers[name] = subparser
+    return parsers
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_standard_streams()
     console.prepare()
     try:
-        arguments, overrides = build_parser().parse_known_args(argv)
+        arguments, overrides = build_parsers()[""].parse_known_args(argv)
     except flags.WrongFlagsError as error:
         print(printable(error), file=sys.stderr)
         return 2

@@ -1,6 +1,8 @@
 """What the commands do with their flags; the work is done by the modules, imported when needed."""
 
 import argparse
+import os
+import pathlib
 import sys
 from typing import Any
 
@@ -71,25 +73,68 @@ def run_prepare(arguments: argparse.Namespace) -> None:
     )
 
 
-def run_bench(arguments: argparse.Namespace) -> None:
-    """Measure what was asked for."""
-    from kdgqa_jax import bench, bench_data, config
+def run_bench_steps(what: str, arguments: argparse.Namespace) -> None:
+    """Measure steps: "train" or "eval"."""
+    from kdgqa_jax import config
+    from kdgqa_jax.bench import steps
 
-    if arguments.what == "convert":
-        bench.bench_convert(arguments.model, arguments.pooling, arguments.calibration_images)
-        return
-    if arguments.what == "data":
-        settings = bench_data.bench_config(
-            arguments.dataset, arguments.data_dir, arguments.batch_size, arguments.workers
-        )
-        settings = config.override(settings, arguments.overrides)
-        bench_data.bench_data(settings, arguments.image_size, arguments.images)
-        return
-    settings = bench.bench_config(
+    _check_json("--json", arguments.json)
+    settings = steps.bench_config(
         arguments.model, arguments.num_kv_heads, arguments.batch_size, arguments.dtype
     )
     settings = config.override(settings, arguments.overrides)
-    bench.bench_train(settings, arguments.variants.split(","), arguments.steps)
+    results = steps.bench_steps(
+        what,
+        settings,
+        arguments.variants.split(","),
+        arguments.rounds,
+        peer=arguments.peer == "torch",
+        profile=arguments.profile or "",
+    )
+    _write_figures(arguments, results)
+
+
+def run_bench_data(arguments: argparse.Namespace) -> None:
+    """Measure the stages of the input pipeline."""
+    from kdgqa_jax import config
+    from kdgqa_jax.bench import data
+
+    _check_json("--json", arguments.json)
+    settings = data.bench_config(
+        arguments.dataset, arguments.data_dir, arguments.batch_size, arguments.workers
+    )
+    settings = config.override(settings, arguments.overrides)
+    _write_figures(arguments, data.bench_data(settings, arguments.image_size, arguments.images))
+
+
+def run_bench_convert(arguments: argparse.Namespace) -> None:
+    """Measure a conversion."""
+    from kdgqa_jax.bench import conversion
+
+    _check_json("--json", arguments.json)
+    found = conversion.bench_convert(
+        arguments.model, arguments.pooling, arguments.calibration_images
+    )
+    _write_figures(arguments, [found])
+
+
+def _write_figures(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """Write what a benchmark found to --json, with what it was measured on."""
+    import jax
+
+    from kdgqa_jax import version, workdir
+
+    if arguments.json:
+        device = jax.devices()[0]
+        flags = {n: v for n, v in vars(arguments).items() if n not in ("json", "debug")}
+        measured_on = {
+            "device": f"{jax.device_count()} x {device.device_kind}",
+            "platform": device.platform,
+            "processors": os.cpu_count(),
+            "versions": version.versions(),
+        }
+        figures = {"flags": flags, **measured_on, "results": results}
+        workdir.write_json(pathlib.Path(arguments.json), figures)
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
@@ -162,13 +207,10 @@ def run_predict(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Figures on a data set, as lines and a file."""
-    import pathlib
-
     from kdgqa_jax import evaluate, logs, predict, workdir
     from kdgqa_jax.console import say, table
 
-    if arguments.out and not arguments.out.endswith(".json"):
-        raise UserError(f"--out {arguments.out}: results are JSON; give a name that ends in .json")
+    _check_json("--out", arguments.out)
     result, class_names = evaluate.evaluate_directory(
         arguments.checkpoint,
         arguments.dataset,
@@ -200,6 +242,11 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         say(line)
     if arguments.out:
         say(f"written: {arguments.out}")
+
+
+def _check_json(flag: str, path: str | None) -> None:
+    if path and not path.endswith(".json"):
+        raise UserError(f"{flag} {path}: results are JSON; give a name that ends in .json")
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:

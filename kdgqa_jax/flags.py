@@ -95,24 +95,50 @@ def _add_data_dir(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--data-dir", type=PATH_OR_NONE, default="", help=help)
 
 
-def add_bench(parser: argparse.ArgumentParser) -> None:
-    """Flags of `kdgqa bench`."""
-    parser.add_argument("what", choices=["train", "convert", "data"], help="what is measured")
-    parser.add_argument("--model", default="B/16", help="SIZE/PATCH")
-    parser.add_argument("--variants", default="gqa,kdgqa,dgqa_ema", help="the first one is the 1")
+def add_bench_steps(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa bench train` and `eval`."""
+    _add_model(parser)
+    parser.add_argument("--variants", default="mha,gqa,kdgqa,dgqa_ema", help="with commas")
     parser.add_argument("--num-kv-heads", type=POSITIVE, help="key/value heads; none: half")
-    parser.add_argument("--batch-size", type=POSITIVE, default=64, help="images per step")
+    _add_batch_size(parser, "images per step")
     parser.add_argument("--dtype", default="bfloat16", help="of the computation")
-    parser.add_argument("--steps", type=COUNT, default=5, help="steps timed; 0: compile only")
-    parser.add_argument("--pooling", default="mean", help="convert: the rule")
+    parser.add_argument("--rounds", type=COUNT, default=5, help="of steps; 0: compile only")
+    parser.add_argument("--peer", choices=["torch"], help="also a ViT of PyTorch, by turns")
+    parser.add_argument("--profile", type=PATH, help="directory for a trace of one more round")
+    _add_json(parser)
+
+
+def add_bench_data(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa bench data`."""
+    parser.add_argument("--dataset", default="digits", help="NAME, tfds:NAME or folder:PATH")
+    _add_data_dir(parser, "where its files are")
+    parser.add_argument("--image-size", type=POSITIVE, default=224, help="side in pixels")
+    parser.add_argument("--images", type=POSITIVE, default=2048, help="how many images")
+    _add_batch_size(parser, "images per batch")
+    parser.add_argument("--workers", type=COUNT, default=2, help="processes that read")
+    _add_json(parser)
+
+
+def add_bench_convert(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa bench convert`."""
+    _add_model(parser)
+    parser.add_argument("--pooling", default="mean", help="the rule")
     parser.add_argument(
-        "--calibration-images", type=COUNT, default=0, help="convert: random images that calibrate"
+        "--calibration-images", type=COUNT, default=0, help="random images that calibrate"
     )
-    parser.add_argument("--dataset", default="digits", help="data: a data set")
-    _add_data_dir(parser, "data: where its files are")
-    parser.add_argument("--image-size", type=POSITIVE, default=224, help="data: side in pixels")
-    parser.add_argument("--images", type=POSITIVE, default=2048, help="data: how many images")
-    parser.add_argument("--workers", type=COUNT, default=2, help="data: processes that read")
+    _add_json(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="B/16", help="SIZE/PATCH")
+
+
+def _add_batch_size(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--batch-size", type=POSITIVE, default=64, help=help)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=PATH, help="a .json file for the figures")
 
 
 def add_study(parser: argparse.ArgumentParser) -> None:

@@ -65,15 +65,13 @@ def init_state(variables: Tree, config: ml_collections.ConfigDict, rng: Array) -
     )
 
 
-STEP_FIELDS = ("optim", "ema_decay", "on_nonfinite")
+STEP_FIELDS = ("optim", "ema_decay", "on_nonfinite", "batch_size", "accumulate", "microbatch")
 INPUT_FIELDS = ("mean", "std", "augment")
 
 
 def step_config(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     """The part of a training config that decides about a step; hashable."""
-    mesh = sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
-    parts = sharding.microbatches(config.batch_size, mesh, config.accumulate, config.microbatch)
-    fields = {**{name: config[name] for name in STEP_FIELDS}, "accumulate": parts}
+    fields = {name: config[name] for name in STEP_FIELDS}
     data = {name: config.data[name] for name in INPUT_FIELDS}
     return ml_collections.FrozenConfigDict({**fields, "data": data})
 
@@ -99,8 +97,9 @@ def make_train_step(
       mesh: the devices.
     """
     optimizer = optim.make_optimizer(config.optim, num_steps)
-    if config.accumulate > 1:
-        gradients = functools.partial(_accumulated, model, config.accumulate)
+    parts = sharding.microbatches(config.batch_size, mesh, config.accumulate, config.microbatch)
+    if parts > 1:
+        gradients = functools.partial(_accumulated, model, parts)
     else:
         gradients = functools.partial(_gradients, model)
 
@@ -108,16 +107,17 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict[str, Array]):
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         dropout_rng, noise_rng, augment_rng = jax.random.split(rng, 3)
-        images, targets = augment.training_batch(
-            batch["image"],
-            batch["label"],
-            augment_rng,
-            config.data.augment,
-            model.image_shape,
-            model.num_classes,
-            config.data.mean,
-            config.data.std,
-        )
+        with jax.named_scope("augmentation"):
+            images, targets = augment.training_batch(
+                batch["image"],
+                batch["label"],
+                augment_rng,
+                config.data.augment,
+                model.image_shape,
+                model.num_classes,
+                config.data.mean,
+                config.data.std,
+            )
         batch_parts = {"images": images, "targets": targets, "labels": batch["label"]}
         rngs = {"dropout": dropout_rng, "noise": noise_rng}
         grads, norm_stats, metrics = gradients(state, batch_parts, rngs)
@@ -126,8 +126,9 @@ def make_train_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         stopped = (state.first_skipped > 0) & (config.on_nonfinite == "stop")
         apply = finite & ~stopped
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         changed = {
             "params": params,
             "norm_stats": remember_key_gradients(norm_stats, grads),

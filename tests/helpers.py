@@ -65,6 +65,16 @@ def child_environment(devices: int = 1) -> dict[str, str]:
     }
 
 
+@functools.cache
+def compiles(dtype: str) -> bool:
+    """If XLA can compile arithmetic in a dtype for this processor."""
+    try:
+        jax.jit(lambda x: 2 * x)(jnp.ones(2, dtype)).block_until_ready()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 def rngs(seed: int = 0, **options) -> dict[str, jax.Array]:
     return {name: jax.random.key(seed + i, **options) for i, name in enumerate(RNGS)}
 

@@ -86,7 +86,7 @@ VALUES: dict[str, list[dict[str, Any]]] = {
 
 COVERED = {*VALUES, *SIZE, "num_kv_heads", "attention", "dtype", "param_dtype"}
 
-HALF = ("float32", "bfloat16", "float16")
+HALF = ("float32", "bfloat16", *(["float16"] if helpers.compiles("float16") else []))
 DTYPES = [(None, "float32"), *itertools.product(HALF, HALF)]
 
 HOW_TO_RUN = ("scan_layers", "remat", "implementation", "dropout", "attn_dropout", "drop_path")

@@ -1,8 +1,50 @@
-"""Benchmarks run and tell what they promise; their numbers are not tested."""
+"""Benchmarks run and print what they promise; their numbers are not tested."""
+
+import json
 
 import pytest
 
-from kdgqa_jax import bench, bench_data, cli
+from kdgqa_jax import cli, vit
+from kdgqa_jax.bench import conversion, steps
+from kdgqa_jax.bench import data as bench_data
+
+TINY = ["--model=mu/4", "--batch-size=4", "--dtype=float32", "--config.model.image_size=8"]
+
+
+def figures(path):
+    return {row["name"]: row for row in json.loads(path.read_text())["results"]}
+
+
+@pytest.mark.parametrize("what", ["train", "eval"])
+def test_steps_take_turns_with_pytorch(capsys, tmp_path, what):
+    flags = ["--rounds=2", "--variants=mha,gqa", "--peer=torch", f"--json={tmp_path / 'a.json'}"]
+    assert cli.main(["bench", what, *TINY, *flags, f"--profile={tmp_path / 'trace'}"]) == 0
+    rows = figures(tmp_path / "a.json")
+    peer, mha, gqa = rows.values()
+    assert [peer["name"].split()[0], mha["name"], gqa["name"]] == ["torch", "mha", "gqa"]
+    assert all(row["seconds"] > 0 and row["rate"] > 0 for row in rows.values())
+    assert gqa["argument_bytes"] < mha["argument_bytes"] and gqa["temporary_bytes"] > 0
+    assert next((tmp_path / "trace").rglob("*.xplane.pb"))
+    shown = capsys.readouterr().out
+    assert f"{what} step: mu/4, batch 4, float32" in shown and "1.000" in shown
+
+
+def test_steps_can_be_compiled_alone(capsys, tmp_path):
+    flags = ["--rounds=0", "--variants=gqa", f"--json={tmp_path / 'a.json'}"]
+    assert cli.main(["bench", "train", *TINY, *flags]) == 0
+    (row,) = figures(tmp_path / "a.json").values()
+    assert row["temporary_bytes"] > 0 and "seconds" not in row
+    assert "step s" not in capsys.readouterr().out
+
+
+def test_model_flops_are_those_of_the_matrix_products():
+    """4.6 GFLOPs (multiply-adds) are what the literature gives for S/16 at 224 pixels."""
+    model = vit.create("S/16", attention="mha")
+    assert steps.model_flops(model, 1, training=False) / 2 == pytest.approx(4.6e9, rel=0.01)
+    assert steps.model_flops(model, 8, True) == 24 * steps.model_flops(model, 1, False)
+    grouped = vit.create("S/16", attention="gqa", num_kv_heads=3)
+    saved = steps.model_flops(model, 1, False) - steps.model_flops(grouped, 1, False)
+    assert saved == 12 * 2 * 197 * 384 * 64 * 2 * 3
 
 
 def test_data_stages_side_by_side(capsys, monkeypatch):
@@ -30,7 +72,7 @@ def test_data_stages_side_by_side(capsys, monkeypatch):
         (["--workers", "-1"], "--workers: '-1' must be a whole number, at least 0"),
     ],
 )
-def test_bad_requests_are_told(capsys, arguments, says):
+def test_bad_requests_are_refused(capsys, arguments, says):
     assert cli.main(["bench", "data", *arguments]) in (1, 2)
     assert says in capsys.readouterr().err
 
@@ -43,10 +85,11 @@ def test_bad_requests_are_told(capsys, arguments, says):
         (["--batch-size=2147483647"], "batch_size=2147483647 images of 224x224x3 take"),
         (["--dtype=float33"], "dtype='float33' must be"),
         (["--variants=gqa,nope"], "unknown attention variant 'nope'"),
+        (["--json=a.csv"], "--json a.csv: results are JSON"),
     ],
 )
-def test_bad_training_steps_are_told(capsys, arguments, says):
-    assert cli.main(["bench", "train", "--model=mu/16", "--steps=0", *arguments]) == 1
+def test_bad_training_steps_are_refused(capsys, arguments, says):
+    assert cli.main(["bench", "train", "--model=mu/16", "--rounds=0", *arguments]) == 1
     shown = capsys.readouterr().err
     assert says in shown and shown.count("\n") == 1
 
@@ -59,7 +102,7 @@ def test_a_conversion_that_fails_is_one_sentence(capfd):
 
 @pytest.mark.slow
 def test_conversion_is_measured(capsys):
-    result = bench.bench_convert("Ti/16", "svd", calibration_images=2)
+    result = conversion.bench_convert("Ti/16", "svd", calibration_images=2)
     out = " ".join(capsys.readouterr().out.split())  # the title may be wrapped
     assert "--pooling svd, 2 calibration images" in out
     assert result["peak_bytes"] > result["file_bytes"] > 20e6 and result["seconds"] > 0

@@ -8,7 +8,7 @@ import pytest
 from helpers import DGQA, VARIANTS
 from kdgqa_jax.configs import _recipes
 
-from kdgqa_jax import bench, cli, config, layers, sharding, starting, study, train, vit
+from kdgqa_jax import aot, cli, config, layers, sharding, starting, study, train, vit
 from kdgqa_jax.data import augment, sources
 from kdgqa_jax.errors import UserError
 
@@ -91,7 +91,7 @@ def test_every_job_with_every_recipe_and_model_is_among_the_cells():
 def test_full_size_training_step_is_built_abstractly(monkeypatch, job, recipe, model, attention):
     monkeypatch.setattr(augment, "rand_augment", traced_once)
     settings, classes = load(config_name(job, recipe, model, attention)), JOBS[job]
-    step, state, batch = bench.abstract_train_step(settings, classes)
+    step, state, batch = aot.abstract_train_step(settings, classes)
     new_state, metrics = jax.eval_shape(step, state, batch)
 
     def kind(x):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdgqa_jax import config, sharding, train_step, vit
+from kdgqa_jax import aot, config, sharding, train_step, vit
 from kdgqa_jax.errors import UserError
 
 
@@ -123,9 +123,12 @@ def test_four_parts_of_a_batch_equal_the_whole(attention, changes):
 
 
 def test_a_microbatch_is_another_way_to_say_how_many_parts_there_are():
-    settings = settings_of("kdgqa", batch_size=64, microbatch=16)
-    expected = train_step.step_config(settings_of("kdgqa", batch_size=64, accumulate=4))
-    assert train_step.step_config(settings) == expected
+    programs = []
+    for changes in ({"microbatch": 16}, {"accumulate": 4}, {}):
+        settings = settings_of("kdgqa", batch_size=64, **changes)
+        step, *arguments = aot.abstract_train_step(settings, 10, 1)
+        programs.append(step.lower(*arguments).as_text())
+    assert programs[0] == programs[1] != programs[2]
 
 
 def test_allocations_change_once_per_update_and_in_the_window_only():

@@ -1,0 +1,210 @@
+"""What a program costs, read from the compiled program: memory, collectives, estimated cycles.
+
+Nothing is run, so the program may be for devices that are not there: abstract states and batches
+are enough to compile a training step for a TPU slice.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from kdgqa_jax import checkpoint, evaluate, sharding, starting, train_step, vit
+
+# --- Steps to compile ---------------------------------------------------------------------------
+
+
+def abstract_train_step(
+    config: ml_collections.ConfigDict,
+    num_classes: int = 1000,
+    channels: int = 3,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Callable[..., Any], train_step.TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """(jitted step, abstract state, abstract batch) of a config; nothing is allocated.
+
+    Args:
+      config: the fields of `config.train_config()`.
+      num_classes: of the data.
+      channels: of its images.
+      mesh: of devices that need not be there; None: what the config makes of those that are.
+    """
+    mesh = mesh or sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
+    model = starting.build_model(config, num_classes)
+    step = train_step.make_train_step(model, train_step.step_config(config), 1000, mesh)
+    rng = jax.random.key(config.seed)
+    state = jax.eval_shape(
+        lambda: train_step.init_state(vit.init_variables(model, rng, channels), config, rng)
+    )
+    batch = _batch(config.batch_size, model, channels, mesh)
+    return step, checkpoint.abstract(state, sharding.by_rules(state, mesh)), batch
+
+
+def abstract_eval_step(
+    config: ml_collections.ConfigDict,
+    num_classes: int = 1000,
+    channels: int = 3,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Callable[..., Any], dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
+    """(jitted step, abstract variables, abstract batch) of evaluation; else as for training."""
+    mesh = mesh or sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
+    model = starting.build_model(config, num_classes)
+    step = evaluate.make_eval_step(model, config.data.mean, config.data.std, mesh)
+    rng = jax.random.key(config.seed)
+    variables = jax.eval_shape(lambda: vit.init_variables(model, rng, channels))
+    batch = _batch(config.batch_size, model, channels, mesh)
+    batch["mask"] = jax.ShapeDtypeStruct(
+        (config.batch_size,), jnp.bool_, sharding=sharding.batch_sharded(mesh)
+    )
+    return step, checkpoint.abstract(variables, sharding.by_rules(variables, mesh)), batch
+
+
+def _batch(
+    size: int, model: vit.VisionTransformer, channels: int, mesh: jax.sharding.Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    split = sharding.batch_sharded(mesh)
+    shape = (size, *model.image_shape, channels)
+    return {
+        "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split),
+    }
+
+
+# --- What a compiled program says of itself -----------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of one execution on one device.
+
+    Attributes:
+      temporary_bytes: memory for what lives only meanwhile.
+      argument_bytes: memory of what goes in: the state and a batch.
+      cycles: the compiler's estimate in cycles by part of the program (see `PARTS`), loops times
+        their trips; {} where the compiler makes none, which only that for TPUs does.
+      collectives: (how many, bytes of their results) by kind.
+      unpriced: elements of gathers and scatters that the estimate leaves out.
+    """
+
+    temporary_bytes: int
+    argument_bytes: int
+    cycles: dict[str, int]
+    collectives: dict[str, tuple[int, int]]
+    unpriced: int
+
+
+PARTS: tuple[tuple[str, str], ...] = (
+    ("augmentation", r"/augmentation/"),
+    ("optimizer", r"/optimizer/"),
+    ("attention", r"/attn/"),
+    ("mlp", r"/mlp/"),
+    ("norms", r"/(norm|norm1|norm2|fc_norm)/"),
+)
+"""Parts of a step, by the names of its operations; the first that matches counts."""
+
+
+def read(compiled: jax.stages.Compiled) -> Costs:
+    """The costs of a program."""
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    computations = _computations(text)
+    cycles: collections.Counter[str] = collections.Counter()
+    exchanged: dict[str, tuple[int, int]] = {}
+    unpriced = 0
+    for operation, times in _executed(computations):
+        if priced := re.search(r'"estimated_cycles":"(\d+)"', operation.text):
+            cycles[_part(operation.name)] += int(priced[1]) * times
+        else:
+            inside = [operation, *computations.get(operation.calls, [])]
+            reads = [o for o in inside if o.kind in ("gather", "scatter")]
+            unpriced += times * sum(math.prod(o.shapes[0][1]) for o in reads)
+        if match := re.fullmatch(_COLLECTIVE, operation.kind):
+            count, size = exchanged.get(match[1], (0, 0))
+            results = sum(_BYTES.get(d, 4) * math.prod(shape) for d, shape in operation.shapes)
+            exchanged[match[1]] = (count + times, size + times * results)
+    return Costs(
+        temporary_bytes=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        cycles=dict(cycles.most_common()),
+        collectives=exchanged,
+        unpriced=unpriced,
+    )
+
+
+_COLLECTIVE = r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?"
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s64": 8, "u64": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """A line of a program: its kind, what its results are, and the computations that it runs."""
+
+    kind: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    text: str
+
+    @property
+    def name(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else ""
+
+    @property
+    def calls(self) -> str:
+        """The computation that is fused into this operation."""
+        found = re.search(r"calls=%([\w.\-]+)", self.text)
+        return found[1] if found else ""
+
+    @property
+    def runs(self) -> Iterator[tuple[str, int]]:
+        """(computation, how often it is run); of a conditional the last branch, which does work."""
+        if self.kind == "while":
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.text)
+            body = re.search(r"body=%([\w.\-]+)", self.text)
+            yield body[1], int(trips[1]) if trips else 1
+        elif self.kind == "conditional":
+            branches = re.search(r"branch_computations=\{([^}]*)\}", self.text)
+            names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
+            names += re.findall(r"(?:true|false)_computation=%([\w.\-]+)", self.text)
+            yield names[-1], 1
+        elif self.kind == "call":
+            yield re.search(r"to_apply=%([\w.\-]+)", self.text)[1], 1
+
+
+def _computations(text: str) -> dict[str, list[_Operation]]:
+    """The operations of each computation of a program; that of the entry is called ""."""
+    found: dict[str, list[_Operation]] = {}
+    operations: list[_Operation] = []
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
+            operations = found.setdefault("" if head[1] else head[2], [])
+        elif match := re.match(r"\s+(?:ROOT )?%[\w.\-]+ = (.*)$", line):
+            kind = re.search(r"(?:^|[\s)}])([a-z][\w\-]*)\(", match[1])
+            results = match[1][: kind.start(1)] if kind else match[1]
+            shapes = tuple(
+                (dtype, tuple(int(n) for n in sides.split(",") if n))
+                for dtype, sides in re.findall(r"(pred|[suf]\d+|bf16)\[([\d,]*)\]", results)
+            )
+            operations.append(_Operation(kind[1] if kind else "", shapes, match[1]))
+    return found
+
+
+def _executed(
+    computations: dict[str, list[_Operation]], name: str = "", times: int = 1
+) -> Iterator[tuple[_Operation, int]]:
+    """Every operation that is run on its own, with how often."""
+    for operation in computations.get(name, []):
+        yield operation, times
+        for inner, trips in operation.runs:
+            yield from _executed(computations, inner, times * trips)
+
+
+def _part(name: str) -> str:
+    part = next((part for part, pattern in PARTS if re.search(pattern, f"{name}/")), "other")
+    if part in ("augmentation", "optimizer", "other"):
+        return part
+    way = "again" if "rematted" in name else "backward" if "transpose(" in name else "forward"
+    return f"{part}, {way}"
