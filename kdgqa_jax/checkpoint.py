@@ -149,8 +149,8 @@ class StateCheckpoints:
             return "its checksum is wrong"
         if there is not like:
             shardings = jax.tree.map(lambda x: x.sharding, like)
-            relay = functools.partial(layers.in_layout, stacked=layers.is_stacked(like))
-            state = jax.jit(relay, out_shardings=shardings)(state)
+            convert = functools.partial(layers.in_layout, stacked=layers.is_stacked(like))
+            state = jax.jit(convert, out_shardings=shardings)(state)
         return state, position
 
     def _damage(self, step: int, error: Exception) -> str:
@@ -220,9 +220,11 @@ class StateCheckpoints:
 
 def _in_other_layout(like: Any) -> Any:
     """An abstract state with its layers stacked if they are not, and the other way round."""
+    stacked = layers.is_stacked(like)
+    if stacked is None:
+        return like
     try:
-        relay = functools.partial(layers.in_layout, stacked=not layers.is_stacked(like))
-        shapes = jax.eval_shape(relay, like)
+        shapes = jax.eval_shape(functools.partial(layers.in_layout, stacked=not stacked), like)
     except ValueError:  # layers that differ, as some are frozen
         return like
     return abstract(shapes, sharding.by_rules(shapes, jax.tree.leaves(like)[0].sharding.mesh))

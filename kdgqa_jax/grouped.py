@@ -78,11 +78,16 @@ class Form(NamedTuple):
       expansion: a name in `IMPLEMENTATIONS`.
       query: the order of the axes BTKGH of queries in the products.
       key: the order of the axes BSKH of keys and values.
+      merges: the query heads of a group are further query tokens of one head: G is 1, T is G T.
+      repeats: scores are computed for their maxima, and again for their exponentials, so that
+        memory never holds them.
     """
 
     expansion: str
     query: str = "BTKGH"
     key: str = "BSKH"
+    merges: bool = False
+    repeats: bool = False
 
     @property
     def scores(self) -> str:
@@ -105,10 +110,11 @@ class Form(NamedTuple):
 
 
 FORMS: dict[str, Form] = {
-    # A gather is a copy there, and products want their contracted axes last.
-    "cpu": Form("gather", "BKGTH", "BKSH"),
-    # There is no fast gather; the matrix unit takes whole heads, and layouts are the compiler's.
-    "tpu": Form("block"),
+    # A gather is a copy there, and products want their contracted axes last, and few large parts.
+    "cpu": Form("gather", "BKGTH", "BKSH", merges=True),
+    # There is no fast gather; the matrix unit takes whole heads, layouts are the compiler's, and
+    # a product costs less than writing and reading its float32 results.
+    "tpu": Form("block", repeats=True),
     # The gradient of a gather would have no fixed order of summation.
     "gpu": Form("one_hot"),
 }
@@ -159,7 +165,13 @@ def _attend(
 def _attend_forward(query, key, value, group_index, mask, form):
     keys, values = (_expanded(x, group_index, form) for x in (key, value))
     scores = _scores(query, keys, mask, form)
-    exponentials = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    if form.repeats:  # behind barriers: the compiler would take both products for one
+        inputs = jax.lax.optimization_barrier((query, keys))
+        top = jnp.max(_scores(*inputs, mask, form), axis=-1, keepdims=True)
+        top = jax.lax.optimization_barrier(top)
+    else:
+        top = jnp.max(scores, axis=-1, keepdims=True)
+    exponentials = jnp.exp(scores - top)
     inverse = form.rows(1.0 / jnp.sum(exponentials, axis=-1, keepdims=True))
     exponentials = exponentials.astype(value.dtype)
     out = jnp.einsum(form.mix, exponentials, values, preferred_element_type=jnp.float32)
@@ -252,14 +264,13 @@ def grouped_attention(
     """
     _check_shapes(query, key, value, group_index)
     batch, length, num_heads, width = query.shape
-    num_kv_heads = key.shape[2] if group_index is None else num_heads
-    groups = (num_kv_heads, num_heads // num_kv_heads)  # K, G
     form = _form(implementation)
-    query = jnp.einsum(f"BTKGH->{form.query}", query.reshape(batch, length, *groups, width))
+    split, rows = _groups(query, key, group_index, form)
+    query = jnp.einsum(f"BTKGH->{form.query}", query.reshape(batch, length, *split, width))
+    if form.merges:
+        query = query.reshape(batch, *rows, width)
     if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)  # broadcasts to BNTS
-        heads = groups if mask.shape[1] == num_heads else (1, 1)
-        mask = mask.reshape(mask.shape[0], *heads, *mask.shape[2:])  # broadcasts to BKGTS
+        mask = _by_group(mask, (num_heads, length), rows)
 
     maps = None
     if return_maps or transform_maps is not None or dropout_rate > 0.0:
@@ -273,15 +284,38 @@ def grouped_attention(
             return jnp.einsum(form.mix, maps, _expanded(value, group_index, form))
 
         maps = jax.nn.softmax(scores(query, key), axis=-1)
-        maps = maps.reshape(batch, num_heads, *maps.shape[3:])  # BNTS
+        maps = maps.reshape(batch, num_heads, length, -1)  # BNTS
         if transform_maps is not None:
             maps = transform_maps(maps)
         maps = _dropped(maps, dropout_rate, dropout_rng).astype(value.dtype)
-        out = mix(maps.reshape(batch, *groups, *maps.shape[2:]), value)
+        out = mix(maps.reshape(batch, *rows, maps.shape[3]), value)
     else:
         out = _attend(query, key, value, group_index, mask, form)
+    if form.merges:
+        out = out.reshape(batch, *split, length, width)
     out = jnp.einsum(f"{form.query}->BTKGH", out).reshape(batch, length, num_heads, width)
     return (out, maps) if return_maps else out
+
+
+def _groups(
+    query: Array, key: Array, group_index: Array | None, form: Form
+) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """((K, G) of the query heads, (K, G, T) of the products, where `form` may merge G and T)."""
+    length, num_heads = query.shape[1:3]
+    num_kv_heads = key.shape[2] if group_index is None else num_heads
+    size = num_heads // num_kv_heads
+    merged = (num_kv_heads, 1, size * length)
+    return (num_kv_heads, size), merged if form.merges else (num_kv_heads, size, length)
+
+
+def _by_group(mask: Array, shape: tuple[int, int], rows: tuple[int, int, int]) -> Array:
+    """A mask that broadcasts to BNTS, `shape` being (N, T) -> one that broadcasts to BKGTS."""
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    batch, heads, length, keys = mask.shape
+    merged = rows[2] != shape[1]
+    if heads == 1 and (length == 1 or not merged):
+        return mask[:, :, None]
+    return jnp.broadcast_to(mask, (batch, *shape, keys)).reshape(batch, *rows, keys)
 
 
 def _dropped(maps: Array, rate: float, rng: Array | None) -> Array:

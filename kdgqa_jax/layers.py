@@ -41,9 +41,10 @@ def unstack_layers(tree: dict[str, Any]) -> dict[str, Any]:
     return {**rest, **layers}
 
 
-def is_stacked(tree: Any) -> bool:
-    """If layers are stacked in a tree that holds parameters somewhere."""
-    return any("blocks" in branch for branch in _branches(tree) if _has_layers(branch))
+def is_stacked(tree: Any) -> bool | None:
+    """If the layers somewhere in a tree are stacked; None: it holds no layers."""
+    branches = jax.tree.leaves(tree, is_leaf=_has_layers)
+    return next(("blocks" in branch for branch in branches if _has_layers(branch)), None)
 
 
 def in_layout(tree: Any, stacked: bool) -> Any:
@@ -53,10 +54,6 @@ def in_layout(tree: Any, stacked: bool) -> Any:
     """
     layout = stack_layers if stacked else unstack_layers
     return jax.tree.map(lambda x: layout(x) if _has_layers(x) else x, tree, is_leaf=_has_layers)
-
-
-def _branches(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=_has_layers)
 
 
 def _has_layers(tree: Any) -> bool:
