@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from kdgqa_jax import commands, console, flags, memory, processes
 from kdgqa_jax.errors import Preempted, UserError, one_line, printable, unknown
@@ -240,5 +241,12 @@ def _output_fails() -> str:
     return ""
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """The command `kdgqa`, as a process of its own."""
+    if sys.argv[1:2] in ([name.split()[0]] for name, c in COMMANDS.items() if c.has_config):
+        memory.request_huge_pages()  # those that train
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

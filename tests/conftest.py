@@ -33,6 +33,8 @@ def pytest_configure(config):
         if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones lack the flag
             flags = os.environ.get("XLA_FLAGS", "")
             os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+    # Processes that tests start need not run again for the sake of speed.
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
     if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.compilation_cache = tempfile.mkdtemp(prefix="kdgqa_tests_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compilation_cache
