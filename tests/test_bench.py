@@ -5,8 +5,9 @@ import json
 import pytest
 
 from kdgqa_jax import cli, vit
-from kdgqa_jax.bench import conversion, steps
+from kdgqa_jax.bench import conversion, peer, steps
 from kdgqa_jax.bench import data as bench_data
+from kdgqa_jax.errors import UserError
 
 TINY = ["--model=mu/4", "--batch-size=4", "--dtype=float32", "--config.model.image_size=8"]
 
@@ -106,3 +107,9 @@ def test_conversion_is_measured(capsys):
     out = " ".join(capsys.readouterr().out.split())  # the title may be wrapped
     assert "--pooling svd, 2 calibration images" in out
     assert result["peak_bytes"] > result["file_bytes"] > 20e6 and result["seconds"] > 0
+
+
+def test_a_step_of_pytorch_that_fails_is_one_sentence():
+    says = r"step of PyTorch failed \(KeyError: 'seed'\); it needs"
+    with pytest.raises(UserError, match=says), peer.started({}):
+        pass

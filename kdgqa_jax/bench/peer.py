@@ -81,7 +81,7 @@ def _model(options: dict[str, Any]) -> tuple[Any, str]:
             num_classes=options["classes"],
         )
         return model, f"timm {timm.__version__}"
-    except ImportError:
+    except Exception:  # not there, or unfit for this PyTorch
         import transformers
         from transformers import ViTConfig, ViTForImageClassification
 
