@@ -22,7 +22,7 @@ from flax.core import FrozenDict
 from kdgqa_jax import layers, sharding
 from kdgqa_jax.attention import GroupedQueryAttention, variant_name
 from kdgqa_jax.block import Block, layer_norm
-from kdgqa_jax.errors import UserError, check_rates, unknown
+from kdgqa_jax.errors import UserError, check_rates, one_line, unknown
 
 Array = jax.Array
 
@@ -299,12 +299,13 @@ _DTYPES = {"dtype": None, "param_dtype": "float32"}  # None: that of inputs and 
 def _dtype_name(option: str, value: Any) -> str | None:
     try:
         dtype = None if value is None else jnp.dtype(value)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):  # NumPy parses texts such as "2f4"
         dtype = jnp.dtype(bool)
     if dtype is None and option == "dtype":
         return None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise UserError(f"model option {option}={value!r} must be float32, bfloat16 or float16")
+        shown = one_line(repr(value), 80)
+        raise UserError(f"model option {option}={shown} must be float32, bfloat16 or float16")
     return dtype.name
 
 

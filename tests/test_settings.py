@@ -1,8 +1,10 @@
 """Settings of the tests hold wherever they run; what they compare numbers with."""
 
 import os
+import pathlib
 import subprocess
 import sys
+import tomllib
 
 import helpers
 import jax
@@ -47,3 +49,10 @@ def test_close_is_relative_to_the_largest_number():
         with pytest.raises(AssertionError):
             helpers.assert_close(actual, expected, 1e-5, **options)
     helpers.assert_close(large[2:] + 1e-9, large[2:], 1e-5, scale=1.0)
+
+
+def test_every_package_is_installed():
+    root = pathlib.Path(__file__).parents[1]
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {p.parent.relative_to(root) for p in root.glob("kdgqa_jax/**/__init__.py")}
+    assert set(listed) == {".".join(p.parts) for p in there} | {"kdgqa_jax.configs"}
