@@ -51,9 +51,10 @@ def bench_config(
 
 @dataclasses.dataclass
 class _Run:
-    """One row: what runs a step and returns its seconds, and what is known of it."""
+    """One row: what runs a step and returns its seconds, its FLOPs, and what is known of it."""
 
     step: Callable[[], float]
+    flops: float
     facts: dict[str, Any]
     seconds: list[float] = dataclasses.field(default_factory=list)
 
@@ -110,9 +111,9 @@ def bench_steps(
         timed = {}
         if rounds:
             seconds = statistics.median(run.seconds[1:])
-            flops, peak = run.facts.pop("flops"), _peak()
+            peak = _peak()
             timed = {"seconds": seconds, "rate": config.batch_size / seconds}
-            timed["utilisation"] = flops / seconds / peak if peak else None
+            timed["utilisation"] = run.flops / seconds / peak if peak else None
         results.append({**run.facts, **timed})
     _print(what, results, config)
     return results
@@ -155,11 +156,10 @@ def _run(what: str, config: ml_collections.ConfigDict, allocate: bool) -> _Run:
         "argument_bytes": costs.argument_bytes,
         "compile_seconds": time.monotonic() - started,
         "peak_bytes": None,
-        "flops": model_flops(model, config.batch_size, what == "train"),
     }
+    flops = model_flops(model, config.batch_size, what == "train")
     if not allocate:
-        facts.pop("flops")
-        return _Run(lambda: 0.0, facts)
+        return _Run(lambda: 0.0, flops, facts)
     state, batch = _arrays(what, config, model, abstract)
 
     def run() -> float:
@@ -173,7 +173,7 @@ def _run(what: str, config: ml_collections.ConfigDict, allocate: bool) -> _Run:
         facts["peak_bytes"] = stats.get("peak_bytes_in_use")
         return seconds
 
-    return _Run(run, facts)
+    return _Run(run, flops, facts)
 
 
 def _arrays(
@@ -223,7 +223,7 @@ def _peer_run(
         )
     )
     flops = model_flops(model, config.batch_size, what == "train")
-    return _Run(peer.step, {"name": peer.name, "flops": flops})
+    return _Run(peer.step, flops, {"name": peer.name})
 
 
 def _peak() -> float | None:
