@@ -79,6 +79,19 @@ def test_hugging_face_models_agree(tmp_path, name, release):
         helpers.assert_close(logits, expected.numpy(), 1e-5)
 
 
+def loaded_with_equal_logits(directory, model):
+    """What `convert.load` makes of the directory of a Hugging Face model."""
+    images = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        expected = model(images).logits.numpy()
+    converted = convert.load(directory)
+    logits = helpers.apply(
+        converted.model, converted.variables, images.numpy().transpose(0, 2, 3, 1)
+    )
+    helpers.assert_close(logits, expected, 1e-5)
+    return converted
+
+
 @pytest.mark.parametrize("name", ["vit", "deit"])
 def test_what_save_pretrained_writes_is_read(tmp_path, name):
     model = hugging_face(CLASSES[name], id2label={i: f"kind {i}" for i in range(5)})
@@ -94,14 +107,7 @@ def test_what_save_pretrained_writes_is_read(tmp_path, name):
             }
         )
     )
-    images = torch.randn(2, 3, 24, 24)
-    with torch.no_grad():
-        expected = model(images).logits.numpy()
-    converted = convert.load(tmp_path)
-    logits = helpers.apply(
-        converted.model, converted.variables, images.numpy().transpose(0, 2, 3, 1)
-    )
-    helpers.assert_close(logits, expected, 1e-5)
+    converted = loaded_with_equal_logits(tmp_path, model)
     assert converted.description["class_names"][3] == "kind 3"
     assert converted.description["preprocessing"] == {
         "mean": [0.485, 0.456, 0.406],
@@ -117,14 +123,7 @@ def test_pickled_hugging_face_directory(tmp_path):
     model = hugging_face(CLASSES["vit"])
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    images = torch.randn(2, 3, 24, 24)
-    with torch.no_grad():
-        expected = model(images).logits.numpy()
-    converted = convert.load(tmp_path)
-    logits = helpers.apply(
-        converted.model, converted.variables, images.numpy().transpose(0, 2, 3, 1)
-    )
-    helpers.assert_close(logits, expected, 1e-5)
+    loaded_with_equal_logits(tmp_path, model)
 
 
 def test_repository_in_the_cache_needs_no_network(tmp_path, monkeypatch):
