@@ -183,7 +183,7 @@ class StateCheckpoints:
 
     def __enter__(self) -> "StateCheckpoints":
         self._silence = contextlib.ExitStack()
-        self._silence.enter_context(_quiet())  # saves that fail are told by us
+        self._silence.enter_context(_quiet())  # saves that fail are reported by us
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
