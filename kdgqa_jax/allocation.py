@@ -36,11 +36,10 @@ def _max_norm(key: Array) -> Array:
     return jnp.max(jnp.sqrt(jnp.sum(jnp.square(key), axis=-1)), axis=1)
 
 
-IMPORTANCE: dict[str, Callable[[Array], Array] | None] = {
+IMPORTANCE: dict[str, Callable[[Array], Array]] = {
     "l2": _l2,  # Frobenius norm over tokens and head width (the paper, eq. for ||K_j||)
     "variance": _variance,  # variance over tokens, summed over the head width
     "max_norm": _max_norm,  # norm of the token with the largest norm
-    "gradient": None,  # not a function of the keys: remembered by attention.remember_key_gradients
 }
 """Importance of a key head by name: BSKH float32 -> (B, K) float32."""
 
@@ -64,13 +63,12 @@ def key_head_norms(
     """
     if key.ndim != 4:
         raise ValueError(f"key must have the axes BSKH, got shape {key.shape}")
-    score = IMPORTANCE.get(importance)
-    if score is None:
-        known = [name for name, function in IMPORTANCE.items() if function]
+    if importance not in IMPORTANCE:
         raise ValueError(
-            f"importance {importance!r} is not a function of the keys; use one of {known}"
+            f"importance {importance!r} is not a function of the keys; use one of"
+            f" {list(IMPORTANCE)}"
         )
-    norms = score(jax.lax.stop_gradient(key).astype(jnp.float32))  # BK
+    norms = IMPORTANCE[importance](jax.lax.stop_gradient(key).astype(jnp.float32))  # BK
     if per_example:
         return norms
     if mask is None:

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from kdgqa_jax import layers, vit
-from kdgqa_jax.attention import GroupedQueryAttention
 
 Array = jax.Array
 
@@ -62,14 +61,13 @@ def fixed_allocations(
       model: any variant.
       norm_stats: its memory, layers stacked or not; {} for variants without.
     """
-    layer = GroupedQueryAttention(**model.attention)
     norm_stats = layers.unstack_layers(norm_stats)
     memories = (norm_stats.get(f"blocks_{i}", {}).get("attn", {}) for i in range(model.depth))
-    found = (layer.fixed_allocation(memory) for memory in memories)
+    found = (model.attention.fixed_allocation(memory) for memory in memories)
     return [None if x is None else np.asarray(x) for x in found]
 
 
-LAYER_HEADER = ("layer", "allocation", "idle KV heads", "remembered key norms", "key kernel norms")
+LAYER_HEADER = ("layer", "allocation", "idle KV heads", "memory", "key kernel norms")
 
 
 def summarise(directory: str | os.PathLike) -> tuple[list[tuple[str, str]], list[tuple[str, ...]]]:
@@ -85,14 +83,13 @@ def summarise(directory: str | os.PathLike) -> tuple[list[tuple[str, str]], list
     model, variables, description = checkpoint.load_model(directory)
     variables = {name: layers.unstack_layers(jax.device_get(v)) for name, v in variables.items()}
     params, memory = variables["params"], variables.get("norm_stats", {})
-    num_heads, num_kv_heads = (model.attention[name] for name in ("num_heads", "num_kv_heads"))
-    attention, names = model.attention["attention"], description["class_names"]
+    names = description["class_names"]
     total, key_value = layers.count_parameters(params)
     height, width = model.image_shape
     facts = {
-        "attention": attention,
-        "query heads": num_heads,
-        "key/value heads": num_kv_heads,
+        "attention": model.attention.variant,
+        "query heads": model.attention.num_heads,
+        "key/value heads": model.attention.num_kv_heads,
         "layers": model.depth,
         "width": model.width,
         "MLP width": model.mlp_width,
@@ -113,7 +110,7 @@ def summarise(directory: str | os.PathLike) -> tuple[list[tuple[str, str]], list
                 str(i),
                 "by the images" if allocation is None else " ".join(map(str, allocation)),
                 "" if allocation is None else str(np.sum(allocation == 0)),
-                _numbers(kept.get("key_norm", kept.get("key_gradient", ()))),
+                ", ".join(f"{n} {_numbers(x)}" for n, x in kept.items() if n != "allocation"),
                 _numbers(np.sqrt(np.sum(kernel**2, axis=(0, 2)))),
             )
         )
@@ -121,4 +118,4 @@ def summarise(directory: str | os.PathLike) -> tuple[list[tuple[str, str]], list
 
 
 def _numbers(values: Any) -> str:
-    return " ".join(f"{x:.3g}" for x in np.asarray(values))
+    return " ".join(f"{x:.3g}" for x in np.ravel(values))

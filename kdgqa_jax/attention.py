@@ -3,14 +3,14 @@
     B  batch             T  query tokens        S  key/value tokens (S == T in self-attention)
     N  query heads       K  key/value heads     H  width of one head     D  model width (N*H)
 
-The variants differ in two places only: where the group index comes from (fixed, from the norms of
-now, from remembered norms) and whether noise is subtracted. `VARIANTS` is the table of those two
-choices; a new variant is one row and, if its rule is new, one function in allocation.py. The pure
-function behind the module is `grouped_attention`, in grouped.py.
+The variants differ in two places only: the rule that groups query heads (rules.py) and whether
+noise is subtracted (noise.py). `VARIANTS` is the table of those two choices; `register` adds a row.
+The pure function behind the module is `grouped_attention`, in grouped.py.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,54 +19,74 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from kdgqa_jax import allocation as alloc
-from kdgqa_jax import noise
-from kdgqa_jax.errors import UserError, check_rates, unknown
+from kdgqa_jax import noise as noise_lib
+from kdgqa_jax import options, rules
+from kdgqa_jax.errors import UserError, check_rate, unknown
 from kdgqa_jax.grouped import IMPLEMENTATIONS, grouped_attention
+from kdgqa_jax.options import ARCHITECTURE, CONVERSION, PROGRAM, RUN, SIZE, option
 
 Array = jax.Array
 
 
+# --- the table of variants ----------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Where the group index comes from, and whether noise is subtracted.
+    """What a name stands for.
 
     Attributes:
-      rule: scores (and cache) -> allocation; None: the equal grouping, always.
-      remembers: the rule also takes and returns the cache of norms, which lives in `norm_stats`.
-      options: the fields of `GroupedQueryAttention` that the rule takes by name.
-      noise: PGQA, noise is subtracted from the attention maps or from the output.
+      rule: the class of the grouping rule.
+      noise: the class of what is subtracted from maps or output; None: nothing.
+      multi_head: K is N.
     """
 
-    rule: Callable[..., Any] | None = None
-    remembers: bool = False
-    options: tuple[str, ...] = ()
-    noise: bool = False
+    rule: type[rules.Rule] = rules.Equal
+    noise: type[noise_lib.Noise] | None = None
+    multi_head: bool = False
 
     @property
-    def fields(self) -> set[str]:
-        """The fields of `GroupedQueryAttention` that this variant reads and another may not."""
-        names = set(self.options)
-        if self.rule is not None:
-            names |= {"importance", "window" if self.remembers else "allocation_scope"}
-        if self.noise:
-            layer = dataclasses.fields(GroupedQueryAttention)
-            names |= {field.name for field in layer if field.name.startswith("noise_")}
-        return names
+    def parts(self) -> tuple[type, ...]:
+        """The classes whose fields are the options of this variant."""
+        return (self.rule,) if self.noise is None else (self.rule, self.noise)
 
 
 VARIANTS: dict[str, Variant] = {
-    "mha": Variant(),
+    "mha": Variant(multi_head=True),
     "gqa": Variant(),
-    "kdgqa": Variant(alloc.kdgqa_allocation, options=("min_heads_per_group",)),
-    "dgqa_ema": Variant(
-        alloc.dgqa_ema_allocation, remembers=True, options=("beta", "min_heads_per_group")
-    ),
-    "dgqa_diff": Variant(
-        alloc.dgqa_diff_allocation, remembers=True, options=("min_heads_per_group",)
-    ),
-    "pgqa": Variant(noise=True),
+    "kdgqa": Variant(rules.KDGQA),
+    "dgqa_ema": Variant(rules.DGQAEma),
+    "dgqa_diff": Variant(rules.DGQADiff),
+    "pgqa": Variant(noise=noise_lib.Noise),
 }
 ALIASES = {"mhsa": "mha"}  # the name in the released code
+
+
+def register(name: str, rule: type[rules.Rule], noise: type | None = None) -> None:
+    """Give a grouping rule a name; models, configs, conversion and studies know it from then on.
+
+        @dataclasses.dataclass(frozen=True)
+        class LastToken(rules.Rule):
+            temperature: float = options.option(1.0)
+
+            def scores(self, query, key, memory, mask):
+                ...
+
+        attention.register("last_token", LastToken)
+        model = vit.create("S/16", attention="last_token", temperature=0.5)
+
+    Raises ValueError: the name is taken, or an option has a name that stands for something else.
+    """
+    if name in (*VARIANTS, *ALIASES):
+        raise ValueError(f"the attention variant {name!r} exists already")
+    variant = Variant(rule, noise)
+    options.union([AttentionConfig, *_parts(), *variant.parts])
+    VARIANTS[name] = variant
+
+
+def _parts() -> dict[type, None]:
+    """The classes with the options of all variants, each of them once."""
+    return dict.fromkeys(part for variant in VARIANTS.values() for part in variant.parts)
 
 
 def variant_name(name: str) -> str:
@@ -84,11 +104,12 @@ def resolve_num_kv_heads(attention: str, num_heads: int, num_kv_heads: int | Non
     """
     if num_heads < 1:
         raise UserError(f"num_heads={num_heads} must be at least 1")
-    if variant_name(attention) == "mha":
+    attention = variant_name(attention)
+    if VARIANTS[attention].multi_head:
         if num_kv_heads not in (None, num_heads):
             raise UserError(
-                f"attention 'mha' has as many key/value heads as query heads ({num_heads}), but"
-                f" num_kv_heads={num_kv_heads} was asked for; leave it out or choose 'gqa'"
+                f"attention {attention!r} has as many key/value heads as query heads ({num_heads}),"
+                f" but num_kv_heads={num_kv_heads} was asked for; leave it out or choose 'gqa'"
             )
         return num_heads
     if num_kv_heads is None:
@@ -102,123 +123,134 @@ def resolve_num_kv_heads(attention: str, num_heads: int, num_kv_heads: int | Non
     return num_kv_heads
 
 
+# --- the config of a layer ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """What an attention layer is; `configure` makes one from the name of a variant.
+
+    Attributes:
+      num_heads: N.
+      num_kv_heads: K, which divides N.
+      rule: how query heads are grouped.
+      noise: what is subtracted from maps or output; None: nothing.
+      variant: the name in `VARIANTS` that this was made from.
+      attn_dropout: rate on the attention maps.
+      qkv_bias: the query, key and value projections have a bias.
+      implementation: see `grouped.expand_heads`.
+
+    Raises:
+      UserError: options that do not fit together.
+    """
+
+    num_heads: int = option(role=SIZE)
+    num_kv_heads: int | None = option(role=CONVERSION)
+    rule: rules.Rule = dataclasses.field(default_factory=rules.Equal)
+    noise: noise_lib.Noise | None = None
+    variant: str = "gqa"
+    attn_dropout: float = option(0.0, RUN, check=check_rate)
+    qkv_bias: bool = option(True, ARCHITECTURE)
+    implementation: str | None = option(None, PROGRAM, choices=(None, *IMPLEMENTATIONS))
+
+    def __post_init__(self) -> None:
+        options.check(self)
+        resolve_num_kv_heads(self.variant, self.num_heads, self.num_kv_heads)
+        self.rule.check(self.num_heads, self.num_kv_heads)
+
+    @property
+    def has_memory(self) -> bool:
+        """The collection `norm_stats` has entries for a layer of this kind."""
+        return bool(self.initial_memory())
+
+    def initial_memory(self) -> rules.Memory:
+        """What `norm_stats` holds for a layer at the start."""
+        return self.rule.memory(self.num_heads, self.num_kv_heads)
+
+    def fixed_allocation(self, memory: rules.Memory) -> Array | None:
+        """The allocation of every evaluation, (K,) int32; None where images decide about it.
+
+        Args:
+          memory: what `norm_stats` holds for one layer; {} where there is none.
+        """
+        return self.rule.fixed_allocation(memory, self.num_heads, self.num_kv_heads)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `configure` that give the same config: JSON values."""
+        parts = [self, self.rule, *([] if self.noise is None else [self.noise])]
+        values = {n: getattr(part, n) for part in parts for n in options.fields(part)}
+        return {"attention": self.variant, **values}
+
+
+def known_options() -> dict[str, dataclasses.Field]:
+    """The options of `configure` by name, those of all variants."""
+    return options.union([AttentionConfig, *_parts()])
+
+
+def configure(
+    attention: str, num_heads: int, num_kv_heads: int | None = None, **values: Any
+) -> AttentionConfig:
+    """The config of a layer of a variant.
+
+    Args:
+      attention: a name in `VARIANTS`, or "mhsa".
+      num_heads: N.
+      num_kv_heads: K; None: N for `mha`, else N/2.
+      **values: fields of `AttentionConfig`, and options of any rule or noise in `VARIANTS`; those
+        of another variant are checked and left out.
+
+    Raises:
+      UserError: an unknown name or option, or options that do not fit together.
+    """
+    known = known_options()
+    for name in values:
+        if name not in known:
+            raise unknown("attention option", name, known)
+    attention = variant_name(attention)
+    options.check_kinds(known, {"num_heads": num_heads, "num_kv_heads": num_kv_heads, **values})
+    parts = {part: part(**options.chosen(part, values)) for part in _parts()}
+    variant = VARIANTS[attention]
+    return AttentionConfig(
+        num_heads,
+        resolve_num_kv_heads(attention, num_heads, num_kv_heads),
+        rule=parts[variant.rule],
+        noise=parts.get(variant.noise),
+        variant=attention,
+        **options.chosen(AttentionConfig, values),
+    )
+
+
 # --- the Flax module ----------------------------------------------------------------------------
 
 
 class GroupedQueryAttention(nn.Module):
-    """Self-attention of any variant of `VARIANTS`.
+    """Self-attention of any variant.
+
+        layer = GroupedQueryAttention(attention.configure("dgqa_ema", num_heads=8, window=100))
 
     Parameters: query (D,N,H), key and value (D,K,H), out (N,H,D) kernels with biases.
-    Collection `norm_stats` (mutable in training): `key_norm` (K,) float32 and `allocation` (K,)
-    int32 for DGQA, `key_gradient` (K,) float32 for importance "gradient". Evaluation reads it and
-    changes nothing. RNG streams: `dropout`, and `noise` for PGQA.
+    Collection `norm_stats` (mutable in training): the memory of the rule, such as `key_norm` (K,)
+    float32 and `allocation` (K,) int32 for DGQA. Evaluation reads it and changes nothing. RNG
+    streams: `dropout`, and `noise` for PGQA.
 
-    Sown when the collection is mutable: `grouping` gets key_norm, allocation and group_index;
-    `intermediates` gets the attention maps BNTS; `inputs` gets what the projections see: x BTD, and
-    heads BTNH before the output projection.
+    Sown when the collection is mutable: `grouping` gets key_norm (the scores), allocation and
+    group_index; `intermediates` gets the attention maps BNTS; `inputs` gets what the projections
+    see: x BTD, and heads BTNH before the output projection.
 
     Attributes:
-      num_heads: N.
-      num_kv_heads: K; None: N for `mha`, else N/2.
-      attention: a name in `VARIANTS`, or "mhsa".
-      importance: score of a key head, a name in `allocation.IMPORTANCE`.
-      allocation_scope: KDGQA: "batch" (as published: one allocation from the norms of the batch) or
-        "example" (each image by its own norms: its output does not depend on its batch mates).
-      min_heads_per_group: least number of query heads of each key/value head; 0 as published.
-      beta: DGQA-EMA: weight of the current norms.
-      window: DGQA: the allocation is recomputed in training steps with step % window == 0.
-      noise_target: PGQA: "maps" (the paper) or "output" (as released).
-      noise_distribution: PGQA: "normal" or "uniform" (as released).
-      noise_statistics: PGQA: what the noise matches of the row that it perturbs: "std" (its mean is
-        zero, so evaluation without noise sees what training saw on average) or "mean_std" (as
-        released, where evaluation is perturbed too).
-      noise_scale: PGQA: factor on the noise.
-      noise_at_eval: PGQA: perturb in evaluation too. The released code does; the default here is
-        False, so that evaluation is deterministic.
+      config: what the layer is.
       dropout: rate on the output projection.
-      attn_dropout: rate on the attention maps.
-      qkv_bias: the query, key and value projections have a bias.
       kernel_init: initialiser of the four projections.
-      implementation: see `grouped.expand_heads`.
       dtype: of the computation; None: that of input and parameters. Norms, scores and softmax are
         float32 in any case.
       param_dtype: of the parameters.
     """
 
-    num_heads: int
-    num_kv_heads: int | None = None
-    attention: str = "gqa"
-    importance: str = "l2"
-    allocation_scope: str = "batch"
-    min_heads_per_group: int = 0
-    beta: float = 0.9
-    window: int = 300
-    noise_target: str = "maps"
-    noise_distribution: str = "normal"
-    noise_statistics: str = "std"
-    noise_scale: float = 1.0
-    noise_at_eval: bool = False
+    config: AttentionConfig
     dropout: float = 0.0
-    attn_dropout: float = 0.0
-    qkv_bias: bool = True
     kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
-    implementation: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
-
-    @property
-    def variant(self) -> Variant:
-        """The row of `VARIANTS`."""
-        return VARIANTS[variant_name(self.attention)]
-
-    @property
-    def has_memory(self) -> bool:
-        """The collection `norm_stats` has entries for this layer."""
-        rule = self.variant.rule is not None
-        return rule and (self.variant.remembers or self.importance == "gradient")
-
-    def check(self) -> int:
-        """Raise UserError for options that do not fit; return K."""
-        num_kv_heads = resolve_num_kv_heads(self.attention, self.num_heads, self.num_kv_heads)
-        choices = {
-            "importance": alloc.IMPORTANCE,
-            "allocation_scope": ("batch", "example"),
-            "noise_target": noise.TARGETS,
-            "noise_distribution": noise.DRAWS,
-            "noise_statistics": noise.STATISTICS,
-            "implementation": (None, *IMPLEMENTATIONS),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), [str(k) for k in known])
-        if self.allocation_scope == "example" and self.importance == "gradient":
-            raise UserError(
-                "importance 'gradient' is one score per layer: use allocation_scope 'batch'"
-            )
-        if not 0 <= self.min_heads_per_group * num_kv_heads <= self.num_heads:
-            raise UserError(
-                f"min_heads_per_group={self.min_heads_per_group} for {num_kv_heads} key/value heads"
-                f" must be between 0 and {self.num_heads // num_kv_heads}, so that"
-                f" {self.num_heads} query heads suffice"
-            )
-        if self.window < 1 or self.window != int(self.window):
-            raise UserError(f"window={self.window} must be a number of steps, at least 1")
-        if not 0.0 <= self.beta <= 1.0:
-            raise UserError(f"beta={self.beta} must be between 0 and 1")
-        check_rates(dropout=self.dropout, attn_dropout=self.attn_dropout)
-        return num_kv_heads
-
-    def fixed_allocation(self, memory: Mapping[str, Array]) -> Array | None:
-        """The allocation of every evaluation, (..., K) int32; None where images decide about it.
-
-        Args:
-          memory: what `norm_stats` holds for this layer; {} where `has_memory` is False.
-        """
-        if self.variant.rule is None:
-            return alloc.equal_allocation(self.num_heads, self.check())
-        if self.variant.remembers:
-            return memory["allocation"]
-        return self._apply_rule(memory["key_gradient"]) if self.importance == "gradient" else None
 
     @nn.compact
     def __call__(
@@ -235,15 +267,15 @@ class GroupedQueryAttention(nn.Module):
           x: BTD.
           train: apply dropout and noise, and update `norm_stats`.
           step: the global optimizer step; needed by DGQA in training.
-          mask: (B,) bool, False for padded images, whose keys never count in the norms.
+          mask: (B,) bool, False for padded images, which never count in the scores.
         """
-        num_kv_heads = self.check()
-        width = x.shape[-1]
-        if width % self.num_heads:
+        config, width = self.config, x.shape[-1]
+        check_rate("dropout", self.dropout)
+        if width % config.num_heads:
             raise UserError(
-                f"model width {width} is not a multiple of the {self.num_heads} query heads"
+                f"model width {width} is not a multiple of the {config.num_heads} query heads"
             )
-        head_width = width // self.num_heads
+        head_width = width // config.num_heads
         self._record("inputs", x=x)
         common = {
             "kernel_init": self.kernel_init,
@@ -253,35 +285,32 @@ class GroupedQueryAttention(nn.Module):
 
         def heads(count: int, name: str) -> Array:
             dense = nn.DenseGeneral(
-                (count, head_width), use_bias=self.qkv_bias, name=name, **common
+                (count, head_width), use_bias=config.qkv_bias, name=name, **common
             )
             return checkpoint_name(dense(x), name)
 
-        query = heads(self.num_heads, "query")  # BTNH
-        key = heads(num_kv_heads, "key")  # BSKH
-        value = heads(num_kv_heads, "value")  # BSKH
+        query = heads(config.num_heads, "query")  # BTNH
+        key = heads(config.num_kv_heads, "key")  # BSKH
+        value = heads(config.num_kv_heads, "value")  # BSKH
 
-        index = self._group_index(key, num_kv_heads, train, step, mask)
-        noise_rng = None
-        if self.variant.noise and (train or self.noise_at_eval):
-            noise_rng = self.make_rng("noise")
-        noise_options = (self.noise_scale, self.noise_distribution, self.noise_statistics)
-        options = {
-            "dropout_rate": self.attn_dropout if train else 0.0,
-            "dropout_rng": self.make_rng("dropout") if train and self.attn_dropout > 0 else None,
-            "implementation": self.implementation,
+        index = self._group_index(query, key, train, step, mask)
+        perturb, noise = None, config.noise
+        if noise is not None and (train or noise.noise_at_eval):
+            perturb = functools.partial(noise.subtract, self.make_rng("noise"))
+        dropout_rate = config.attn_dropout if train else 0.0
+        arguments = {
+            "dropout_rate": dropout_rate,
+            "dropout_rng": self.make_rng("dropout") if dropout_rate else None,
+            "transform_maps": perturb if perturb and noise.noise_target == "maps" else None,
+            "implementation": config.implementation,
         }
-        if noise_rng is not None and self.noise_target == "maps":
-            options["transform_maps"] = lambda maps: noise.perturb_maps(
-                noise_rng, maps, *noise_options
-            )
         if self.is_mutable_collection("intermediates") and not self.is_initializing():
-            out, maps = grouped_attention(query, key, value, index, **options, return_maps=True)
+            out, maps = grouped_attention(query, key, value, index, **arguments, return_maps=True)
             self._record("intermediates", maps=maps)
         else:
-            out = grouped_attention(query, key, value, index, **options)
-        if noise_rng is not None and self.noise_target == "output":
-            out = noise.perturb_output(noise_rng, out, *noise_options)
+            out = grouped_attention(query, key, value, index, **arguments)
+        if perturb and noise.noise_target == "output":
+            out = perturb(out)
         out = checkpoint_name(out, "heads")
         self._record("inputs", heads=out)
         out = nn.DenseGeneral(width, axis=(-2, -1), name="out", **common)(out)
@@ -296,91 +325,47 @@ class GroupedQueryAttention(nn.Module):
                 )
 
     def _group_index(
-        self,
-        key: Array,
-        num_kv_heads: int,
-        train: bool,
-        step: Array | int | None,
-        mask: Array | None,
+        self, query: Array, key: Array, train: bool, step: Array | int | None, mask: Array | None
     ) -> Array | None:
-        """(N,) or (B, N) int32; None for the equal grouping. Updates `norm_stats`."""
-        variant = self.variant
-        equal = alloc.equal_allocation(self.num_heads, num_kv_heads)
-        there = any(self.has_variable("norm_stats", n) for n in ("key_norm", "key_gradient"))
-        if self.has_memory and not there and not self.is_mutable_collection("norm_stats"):
-            raise UserError(
-                f"attention {self.attention!r} reads its memory from the collection 'norm_stats',"
-                " which is missing; pass all variables that init gave, not the params alone"
-            )
-        if variant.rule is None and not self.is_mutable_collection("grouping"):
+        """(N,) or (B, N) int32; None for equal groups. Updates `norm_stats`."""
+        config, rule = self.config, self.config.rule
+        if not rule.dynamic:
+            if self.is_mutable_collection("grouping"):
+                # Norms that no rule reads are averaged by whoever logs them: no layer waits.
+                norms = alloc.key_head_norms(key, mask, per_example=train)
+                self._record_groups(norms, config.fixed_allocation({}))
             return None
+        memory = self._memory()
+        known = {name: kept.value for name, kept in memory.items()}
+        scores = rule.scores(query, key, known, mask)
+        if self.has_variable("given", "allocation"):
+            return self._record_groups(scores, self.get_variable("given", "allocation"))
+        if train and not self.is_initializing():
+            due = rule.due(step)
+            if mask is not None:
+                due &= jnp.any(mask)  # nothing is learnt from a batch of padding
+            new = rule.update(scores, known, config.num_heads)
+            known = {name: jnp.where(due, new[name], x) for name, x in known.items()}
+            for name, kept in memory.items():
+                kept.value = known[name]
+        return self._record_groups(scores, rule.allocate(scores, known, config.num_heads))
 
-        if self.importance == "gradient" and variant.rule is not None:
-            gradient = self.variable(
-                "norm_stats", "key_gradient", jnp.zeros, num_kv_heads, jnp.float32
+    def _memory(self) -> dict[str, nn.Variable]:
+        """The variables of `norm_stats` by name, made where there are none yet."""
+        initial = self.config.initial_memory()
+        there = any(self.has_variable("norm_stats", name) for name in initial)
+        if initial and not there and not self.is_mutable_collection("norm_stats"):
+            raise UserError(
+                f"attention {self.config.variant!r} reads its memory from the collection"
+                " 'norm_stats', which is missing; pass all variables that init gave, not the"
+                " params alone"
             )
-            norms = gradient.value
-        else:
-            per_example = self.allocation_scope == "example" and not variant.remembers
-            # Norms that no rule reads are averaged by whoever logs them: no layer waits for others.
-            per_example |= variant.rule is None and train
-            importance = "l2" if self.importance == "gradient" else self.importance
-            norms = alloc.key_head_norms(key, mask, per_example=per_example, importance=importance)
+        return {
+            name: self.variable("norm_stats", name, lambda x=x: x) for name, x in initial.items()
+        }
 
-        if variant.rule is None:
-            allocation = equal
-        elif self.has_variable("given", "allocation"):
-            allocation = self.get_variable("given", "allocation")
-        elif not variant.remembers:
-            allocation = self._apply_rule(norms)
-        else:
-            key_norm = self.variable("norm_stats", "key_norm", jnp.zeros, num_kv_heads, jnp.float32)
-            kept = self.variable("norm_stats", "allocation", lambda: equal)
-            if train and not self.is_initializing():
-                if step is None:
-                    raise ValueError(
-                        f"attention {self.attention!r} in training needs step=..., the global"
-                        " optimizer step"
-                    )
-                due = step % self.window == 0
-                if mask is not None:
-                    due &= jnp.any(mask)  # nothing is learnt from a batch of padding
-                new_allocation, new_norm = self._apply_rule(norms, key_norm.value)
-                key_norm.value = jnp.where(due, new_norm, key_norm.value)
-                kept.value = jnp.where(due, new_allocation, kept.value)
-            allocation = kept.value
-
-        index = alloc.group_index(allocation, self.num_heads)
-        self._record("grouping", key_norm=norms, allocation=allocation, group_index=index)
-        return None if variant.rule is None else index
-
-    def _apply_rule(self, *scores: Array) -> Any:
-        options = {name: getattr(self, name) for name in self.variant.options}
-        return self.variant.rule(*scores, self.num_heads, **options)
-
-
-def remember_key_gradients(norm_stats: Any, grads: Any) -> Any:
-    """Importance "gradient": write each layer's key head gradient norms into `norm_stats`.
-
-    To be called once per update, with the gradients of that update. Layers without the entry
-    `key_gradient`, and so every other importance, stay as they are.
-
-    Args:
-      norm_stats: the collection, as a nested dict.
-      grads: gradients of `params`, a nested dict of the same layout; a leading layer axis may be.
-
-    Returns:
-      `norm_stats` with key_gradient[k] = the Frobenius norm, in float32, of the loss gradient on
-      the projection (kernel and bias) of key head k.
-    """
-    if not isinstance(norm_stats, Mapping):
-        return norm_stats
-    new = {
-        name: remember_key_gradients(sub, grads.get(name, {})) for name, sub in norm_stats.items()
-    }
-    if "key_gradient" in new:
-        squares = [jnp.sum(jnp.square(grads["key"]["kernel"].astype(jnp.float32)), axis=(-3, -1))]
-        if "bias" in grads["key"]:
-            squares.append(jnp.sum(jnp.square(grads["key"]["bias"].astype(jnp.float32)), axis=-1))
-        new["key_gradient"] = jnp.sqrt(sum(squares))
-    return new
+    def _record_groups(self, scores: Array, allocation: Array) -> Array:
+        """Sow them; the group index of the allocation."""
+        index = alloc.group_index(allocation, self.config.num_heads)
+        self._record("grouping", key_norm=scores, allocation=allocation, group_index=index)
+        return index

@@ -6,11 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
 from kdgqa_jax import sharding
-from kdgqa_jax.attention import GroupedQueryAttention
+from kdgqa_jax.attention import AttentionConfig, GroupedQueryAttention
 
 Array = jax.Array
 
@@ -69,7 +68,7 @@ class Block(nn.Module):
     """Pre-norm transformer block: BTD -> BTD (and None, the empty output of a scan)."""
 
     mlp_width: int
-    attention: FrozenDict[str, Any]  # fields of GroupedQueryAttention
+    attention: AttentionConfig
     norm_epsilon: float = 1e-6
     dropout: float = 0.0
     dtype: Any = None
@@ -92,7 +91,7 @@ class Block(nn.Module):
             return checkpoint_name(sharding.split_batch(x + branch), "stream")
 
         attention = GroupedQueryAttention(
-            **self.attention, dropout=self.dropout, kernel_init=_kernel_init, name="attn", **common
+            self.attention, dropout=self.dropout, kernel_init=_kernel_init, name="attn", **common
         )
 
         def normalised(x: Array, name: str) -> Array:

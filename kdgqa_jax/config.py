@@ -14,30 +14,31 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from kdgqa_jax import vit
-from kdgqa_jax.attention import GroupedQueryAttention
+from kdgqa_jax import options, vit
 from kdgqa_jax.data import augment
 from kdgqa_jax.errors import LARGEST, SEEDS, UserError, one_line, unknown
+from kdgqa_jax.options import SIZE
 
 
 def _model_config() -> ConfigDict:
-    """Fields of `vit.create`, with the defaults of the modules."""
-    set_by_name = {*vit.SIZES["S"], "patch_size", "num_classes", "kernel_init", "parent"}
-    fields: dict[str, Any] = {}
-    for module in (vit.VisionTransformer, GroupedQueryAttention):
-        for field in dataclasses.fields(module):
-            if field.name not in set_by_name and field.default is not dataclasses.MISSING:
-                fields[field.name] = field.default
+    """Options of `vit.create`, with their defaults; what the name of a model says is left out."""
+    known = vit.known_options()
+    by_name = options.names(known, SIZE)
+    fields = {name: _default(known[name]) for name in known if name not in by_name}
     typed = {
         "name": "S/16",
         "attention": "mha",
-        "num_kv_heads": config_dict.placeholder(int),
-        "implementation": config_dict.placeholder(str),
         "scan_layers": config_dict.placeholder(bool),  # None: as the platform has it faster
         "dtype": "float32",
         "param_dtype": "float32",
     }
     return ConfigDict({**fields, **typed}, type_safe=False)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """Of an option; None keeps the type of what may take its place."""
+    missing = field.default in (None, dataclasses.MISSING)
+    return config_dict.placeholder(options.kind(field) or str) if missing else field.default
 
 
 def train_config() -> ConfigDict:

@@ -10,7 +10,7 @@ kdgqa@svd+refit     merged, and output projections refitted, with calibration im
 import dataclasses
 from collections.abc import Sequence
 
-from kdgqa_jax.attention import variant_name
+from kdgqa_jax.attention import VARIANTS, variant_name
 from kdgqa_jax.convert.heads import check_pooling
 from kdgqa_jax.convert.merging import MERGING
 from kdgqa_jax.errors import UserError, unknown
@@ -53,7 +53,7 @@ class Entry:
         """
         variant, at, rule = text.partition("@")
         name = variant_name(variant)
-        if name == "mha":
+        if VARIANTS[name].multi_head:
             if at:
                 raise UserError(f"entry {text!r}: mha keeps all heads; leave {at + rule!r} out")
             return cls(variant, text, name)

@@ -16,11 +16,10 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {name!r}: {hint}valid: {', '.join(known)}")
 
 
-def check_rates(**rates: float) -> None:
+def check_rate(name: str, rate: float) -> None:
     """Raise UserError for a rate (of dropout, say) outside of [0, 1)."""
-    for name, rate in rates.items():
-        if not 0.0 <= rate < 1.0:
-            raise UserError(f"{name}={rate} must be at least 0 and below 1")
+    if not 0.0 <= rate < 1.0:
+        raise UserError(f"{name}={rate} must be at least 0 and below 1")
 
 
 SEEDS = range(2**32)

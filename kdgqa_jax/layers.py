@@ -4,6 +4,7 @@ Unrolled layers are `blocks_0`, `blocks_1`, ...; scanned ones one `blocks` with 
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,6 +59,23 @@ def in_layout(tree: Any, stacked: bool) -> Any:
 
 def _has_layers(tree: Any) -> bool:
     return isinstance(tree, dict) and ("blocks" in tree or "blocks_0" in tree)
+
+
+def map_attention(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str, Any]:
+    """Apply a function to what collections hold of each attention layer.
+
+    Args:
+      function: (what the first tree holds of a layer, what the second one holds, ...) -> a tree.
+      *trees: collections, layers stacked or not; the layers of the first one count.
+
+    Returns:
+      {"blocks_0": {"attn": ...}, ...} or, layers stacked, {"blocks": {"attn": ...}}.
+    """
+    mapped = {}
+    for name in trees[0]:
+        of_layer = jax.vmap(function) if name == "blocks" else function
+        mapped[name] = {"attn": of_layer(*(tree[name]["attn"] for tree in trees))}
+    return mapped
 
 
 def widened(tree: Any) -> Any:

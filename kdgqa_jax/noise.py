@@ -4,15 +4,18 @@ The paper subtracts a Gaussian matrix with zero diagonal from the attention maps
 subtracts uniform noise from the attention output. docs/method.md compares the two.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from kdgqa_jax import options
 from kdgqa_jax.errors import unknown
+from kdgqa_jax.options import option
 
 Array = jax.Array
 
 DRAWS = {"normal": jax.random.normal, "uniform": jax.random.uniform}
-TARGETS = ("maps", "output")
 STATISTICS = ("std", "mean_std")
 
 
@@ -66,3 +69,36 @@ def perturb_output(rng: Array, out: Array, scale: float, *matching: str) -> Arra
     """
     noise = matched_noise(rng, out, *matching).at[..., 0].set(0.0)
     return out - (scale * noise).astype(out.dtype)
+
+
+TARGETS = {"maps": perturb_maps, "output": perturb_output}
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """What is subtracted from what, and when.
+
+    Attributes:
+      noise_target: "maps" (the paper) or "output" (as released).
+      noise_distribution: "normal" or "uniform" (as released).
+      noise_statistics: what the noise matches of the row that it perturbs: "std" (its mean is
+        zero, so evaluation without noise sees what training saw on average) or "mean_std" (as
+        released, where evaluation is perturbed too).
+      noise_scale: factor on the noise.
+      noise_at_eval: perturb in evaluation too. The released code does; the default here is False,
+        so that evaluation is deterministic.
+    """
+
+    noise_target: str = option("maps", choices=TARGETS)
+    noise_distribution: str = option("normal", choices=DRAWS)
+    noise_statistics: str = option("std", choices=STATISTICS)
+    noise_scale: float = option(1.0)
+    noise_at_eval: bool = option(False)
+
+    def __post_init__(self) -> None:
+        options.check(self)
+
+    def subtract(self, rng: Array, x: Array) -> Array:
+        """The target, maps BNTS or an output BTNH, less the noise."""
+        perturb = TARGETS[self.noise_target]
+        return perturb(rng, x, self.noise_scale, self.noise_distribution, self.noise_statistics)

@@ -26,7 +26,9 @@ def write(records: list[Record], histories: dict[str, History], folder: pathlib.
     (folder / "results.md").write_text(_markdown(records, header, rows, note), "utf-8")
     _plot_accuracy(records, folder / "accuracy.png")
     variants = {r["entry"]: r["variant"] for r in records}
-    dynamic = {name: h for name, h in histories.items() if h and VARIANTS[variants[name]].rule}
+    dynamic = {
+        name: h for name, h in histories.items() if h and VARIANTS[variants[name]].rule.dynamic
+    }
     if dynamic:
         for field in _LAYER_PLOTS:
             _plot_layers(dynamic, records, field, folder / f"{field}.png")

@@ -12,25 +12,18 @@ from typing import Any
 import jax.numpy as jnp
 import ml_collections
 
-from kdgqa_jax import checkpoint, convert, layers, vit
+from kdgqa_jax import checkpoint, convert, layers, options, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.convert import heads
 from kdgqa_jax.data import pipeline
 from kdgqa_jax.errors import UserError
+from kdgqa_jax.options import ARCHITECTURE, CONVERSION, PROGRAM, RUN
 
-CONVERTED = ("attention", "num_kv_heads", "image_size")
-"""Fields that a model can be converted to."""
 
-ARCHITECTURE = (
-    "pool",
-    "class_token",
-    "distillation",
-    "representation_size",
-    "norm_epsilon",
-    "qkv_bias",
-)
-"""Fields that a model has once and for all, besides its size."""
+def _options(*roles: str) -> tuple[str, ...]:
+    """The options of models in these roles."""
+    return options.names(vit.known_options(), *roles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,24 +68,25 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
         model = {**config.model.to_dict(), "num_classes": num_classes}
         return Start(model, preprocessing)
     defaults, asked = config_lib.train_config(), _asked(config)
+    converted, of_the_run = _options(CONVERSION), _options(RUN, PROGRAM)
     found = convert.load(
         config.init,
         num_classes=num_classes,
         channels=channels,
-        **{name: asked[name] for name in CONVERTED if name in asked},
+        **{name: asked[name] for name in converted if name in asked},
     )
     model = found.description["model"]
     _check_architecture(config.init, model, found.model, asked)
     followed = {
         name: value
         for name, value in model.items()
-        if name in config.model and name not in asked and name not in vit.OF_THE_RUN
+        if name in config.model and name not in asked and name not in of_the_run
         if value != config.model[name]
     }
     model = {
         **model,
-        **{k: v for k, v in asked.items() if k not in ("name", *CONVERTED)},
-        **{name: config.model[name] for name in vit.OF_THE_RUN},
+        **{k: v for k, v in asked.items() if k not in ("name", *converted)},
+        **{name: config.model[name] for name in of_the_run},
     }
     theirs = found.description["preprocessing"]
     for name, value in preprocessing.items():
@@ -108,8 +102,8 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
     variables = {"params": layout(params), "norm_stats": layout(memory)}
     attention = found.model.attention
     told = [
-        f"starting from {config.init}: {attention['attention']} with {attention['num_kv_heads']}"
-        f" key/value heads for {attention['num_heads']} query heads"
+        f"starting from {config.init}: {attention.variant} with {attention.num_kv_heads}"
+        f" key/value heads for {attention.num_heads} query heads"
     ]
     told += found.report.notes
     changed = [(n, e.how) for n, e in found.report.entries.items() if n == "pos_embed" and e.how]
@@ -132,11 +126,11 @@ def _plain(statistic: Any) -> Any:
 
 def _asked(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The fields of `config.model` that were set, and that a model to start from has too."""
-    defaults = config_lib.train_config().model
+    defaults, of_the_run = config_lib.train_config().model, _options(RUN, PROGRAM)
     return {
         name: value
         for name, value in config.model.items()
-        if value != defaults[name] and name not in vit.OF_THE_RUN
+        if value != defaults[name] and name not in of_the_run
     }
 
 
@@ -154,7 +148,7 @@ def _check_architecture(
     """Raise UserError if fields that were set contradict the model that was found."""
     wrong = [
         f"{name} is {model.get(name)!r} there, {asked[name]!r} here"
-        for name in ARCHITECTURE
+        for name in _options(ARCHITECTURE)
         if name in asked and model.get(name, asked[name]) != asked[name]
     ]
     if "name" in asked and asked["name"] != model["name"]:
@@ -185,7 +179,7 @@ def read(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Start | No
     if not path.exists():
         return None
     start = Start(**workdir_lib.read_json(path))
-    program = {name: config.model[name] for name in vit.OF_THE_PROGRAM}
+    program = {name: config.model[name] for name in _options(PROGRAM)}
     return dataclasses.replace(start, model={**start.model, **program})
 
 

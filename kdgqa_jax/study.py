@@ -31,6 +31,7 @@ from kdgqa_jax import (
     layers,
     logs,
     optim,
+    options,
     paths,
     report,
     sharding,
@@ -40,6 +41,7 @@ from kdgqa_jax import (
 )
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
+from kdgqa_jax.attention import VARIANTS
 from kdgqa_jax.console import say
 from kdgqa_jax.data import augment, identity, pipeline, sources
 from kdgqa_jax.entry import Entry, parse_entries
@@ -105,8 +107,9 @@ def _may_change(begun: set[str]) -> list[str]:
 
 # --- Checks before the first stage --------------------------------------------------------------
 
-_KEPT = ("name", "image_size", "scan_layers", "param_dtype", *starting.ARCHITECTURE)
-"""Fields of the pretrained model that conversion and uptraining leave as they are."""
+_KEPT = ("name", "image_size", "scan_layers", "param_dtype")
+"""Fields of the pretrained model, besides its architecture, that conversion and uptraining leave as
+they are."""
 
 
 def _check(study: Config) -> dict[str, sources.Dataset]:
@@ -139,7 +142,8 @@ def _check(study: Config) -> dict[str, sources.Dataset]:
             f"pretrain.data has {kinds[0]}, uptrain.data has {kinds[1]}; uptraining continues with"
             " the model of pretraining, so give it data of the same kind"
         )
-    different = [f for f in _KEPT if study.pretrain.model[f] != study.uptrain.model[f]]
+    kept = (*_KEPT, *options.names(vit.known_options(), options.ARCHITECTURE))
+    different = [f for f in kept if study.pretrain.model[f] != study.uptrain.model[f]]
     if different:
         raise UserError(
             f"pretrain.model and uptrain.model differ in {', '.join(different)}; uptraining"
@@ -197,7 +201,8 @@ def _stage_config(
     """The training config of one stage for one variant and seed."""
     config = stage.copy_and_resolve_references()
     config.model.attention = variant
-    config.model.num_kv_heads = None if variant == "mha" else study.num_kv_heads
+    multi_head = VARIANTS[variant].multi_head
+    config.model.num_kv_heads = None if multi_head else study.num_kv_heads
     config.seed = seed
     config.init = str(init) if init else ""
     return config
@@ -277,8 +282,8 @@ def _make_record(
         "test_images": result["count"],
         "num_params": num_params,
         "num_kv_params": num_kv_params,
-        "num_heads": model.attention["num_heads"],
-        "num_kv_heads": model.attention["num_kv_heads"],
+        "num_heads": model.attention.num_heads,
+        "num_kv_heads": model.attention.num_kv_heads,
         "steps": result["steps"],
         "seconds": round(result["seconds"], 3),
         "allocation": result["allocation"],

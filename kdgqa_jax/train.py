@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from kdgqa_jax import checkpoint, memory, optim, processes, sharding, starting, vit
+from kdgqa_jax import checkpoint, memory, optim, options, processes, sharding, starting, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.console import ProgressBar, say
@@ -38,7 +38,7 @@ MAY_CHANGE = (
     "log_every",
     "logs",
     "on_nonfinite",
-    *(f"model.{name}" for name in vit.OF_THE_PROGRAM),
+    *(f"model.{n}" for n in options.names(vit.known_options(), options.PROGRAM)),
 )
 """Fields that may change when a run resumes, or in a stage of a study that does.
 

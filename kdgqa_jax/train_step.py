@@ -11,7 +11,6 @@ import ml_collections
 import optax
 
 from kdgqa_jax import layers, optim, sharding, vit
-from kdgqa_jax.attention import GroupedQueryAttention, remember_key_gradients
 from kdgqa_jax.data import augment
 from kdgqa_jax.evaluate import correct_in_top
 
@@ -131,7 +130,7 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
         changed = {
             "params": params,
-            "norm_stats": remember_key_gradients(norm_stats, grads),
+            "norm_stats": layers.map_attention(model.attention.rule.learn, norm_stats, grads),
             "opt_state": opt_state,
             "ema": _average(state.ema, params, state.step, config.ema_decay),
         }
@@ -244,10 +243,7 @@ def _whole_batch_grouping(
     model: vit.VisionTransformer, state: TrainState, images: Array, rngs: dict[str, Array]
 ) -> tuple[Tree, Tree | None]:
     """(new norm_stats, the allocations of the batch; None where no rule looks at the batch)."""
-    attention = GroupedQueryAttention(**model.attention)
-    remembers = attention.variant.remembers
-    by_batch = remembers or attention.allocation_scope == "batch"
-    if attention.variant.rule is None or not by_batch:
+    if not model.attention.rule.by_batch:
         return state.norm_stats, None
 
     def look() -> tuple[Tree, Tree]:
@@ -264,8 +260,10 @@ def _whole_batch_grouping(
         return collections.get("norm_stats", {}), allocation
 
     def keep() -> tuple[Tree, Tree]:
-        return state.norm_stats, layers.only(state.norm_stats, "allocation")
+        def fixed(memory: Tree) -> Tree:
+            return {"allocation": model.attention.fixed_allocation(memory)}
 
-    if not remembers:
-        return look()
-    return jax.lax.cond(state.step % attention.window == 0, look, keep)
+        return state.norm_stats, layers.map_attention(fixed, state.norm_stats)
+
+    due = model.attention.rule.due(state.step)
+    return look() if due is True else jax.lax.cond(due, look, keep)

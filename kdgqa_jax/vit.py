@@ -17,12 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import FrozenDict
 
-from kdgqa_jax import layers, sharding
-from kdgqa_jax.attention import GroupedQueryAttention, variant_name
+from kdgqa_jax import attention as attention_lib
+from kdgqa_jax import layers, options, sharding
+from kdgqa_jax.attention import AttentionConfig, configure
 from kdgqa_jax.block import Block, layer_norm
-from kdgqa_jax.errors import UserError, check_rates, one_line, unknown
+from kdgqa_jax.errors import UserError, check_rate, one_line, unknown
+from kdgqa_jax.options import ARCHITECTURE, CONVERSION, PROGRAM, RUN, SIZE, option
 
 Array = jax.Array
 
@@ -45,23 +46,21 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block only
 }
 
-OF_THE_PROGRAM = ("scan_layers", "remat", "implementation")
-"""Options that change numbers by rounding only, and which random numbers a layer draws."""
-
-OF_THE_RUN = ("dropout", "attn_dropout", "drop_path", "dtype", "param_dtype", *OF_THE_PROGRAM)
-"""Options that say how to train and compute, not what: a run takes them from its own config."""
-
 SCANNED = ("cpu",)
 """Platforms where `scan_layers` None scans. CPUs add residual streams up again in each unrolled
 layer; accelerators keep more of a scan than they need (docs/speed.md)."""
 
 _COLLECTIONS = ("params", "norm_stats", "given", "grouping", "intermediates", "inputs")
 
-_CHOICES = {
-    "pool": ("token", "avg"),
-    "distillation": ("none", "token", "head"),
-    "remat": REMAT_POLICIES,
-}
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"model option {name}={value} must be at least 1")
+
+
+def _check_not_negative(name: str, value: int) -> None:
+    if value < 0:
+        raise UserError(f"{name}={value} must not be negative; 0: none")
 
 
 class VisionTransformer(nn.Module):
@@ -71,7 +70,7 @@ class VisionTransformer(nn.Module):
       width: D.
       depth: L.
       mlp_width: M.
-      attention: fields of `GroupedQueryAttention` by name, num_heads among them.
+      attention: what the attention layers are, made by `attention.configure`.
       patch_size: side of a patch in pixels.
       image_size: side of the images in pixels, or (height, width); multiples of patch_size.
       num_classes: width of the head; 0: no head, the pooled features are returned.
@@ -93,24 +92,24 @@ class VisionTransformer(nn.Module):
       param_dtype: of the parameters.
     """
 
-    width: int
-    depth: int
-    mlp_width: int
-    attention: FrozenDict[str, Any]
-    patch_size: int = 16
-    image_size: int | tuple[int, int] = 224
-    num_classes: int = 1000
-    pool: str = "token"
-    class_token: bool = True
-    distillation: str = "none"
-    representation_size: int = 0
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    scan_layers: bool | None = False
-    remat: str = "none"
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
+    width: int = option(role=SIZE, check=_check_positive)
+    depth: int = option(role=SIZE, check=_check_positive)
+    mlp_width: int = option(role=SIZE, check=_check_positive)
+    attention: AttentionConfig = option(role=CONVERSION)
+    patch_size: int = option(16, SIZE, check=_check_positive)
+    image_size: int | tuple[int, int] = option(224, CONVERSION)
+    num_classes: int = option(1000, SIZE, check=_check_not_negative)
+    pool: str = option("token", ARCHITECTURE, choices=("token", "avg"))
+    class_token: bool = option(True, ARCHITECTURE)
+    distillation: str = option("none", ARCHITECTURE, choices=("none", "token", "head"))
+    representation_size: int = option(0, ARCHITECTURE, check=_check_not_negative)
+    norm_epsilon: float = option(1e-6, ARCHITECTURE)
+    dropout: float = option(0.0, RUN, check=check_rate)
+    drop_path: float = option(0.0, RUN, check=check_rate)
+    scan_layers: bool | None = option(False, PROGRAM)
+    remat: str = option("none", PROGRAM, choices=REMAT_POLICIES)
+    dtype: Any = option(None, RUN)
+    param_dtype: Any = option(jnp.float32, RUN)
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -265,59 +264,36 @@ class VisionTransformer(nn.Module):
         return x.astype(jnp.float32)
 
 
-def _field_names(module: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
-
-
-_VIT_FIELDS = _field_names(VisionTransformer)
-_ATTENTION_FIELDS = _field_names(GroupedQueryAttention) - _VIT_FIELDS - {"kernel_init"}
-
-_KINDS = {int: numbers.Integral, float: numbers.Real, str: str, bool: bool}
-_OPTION_KINDS = {
-    field.name: _KINDS[kind]
-    for module in (VisionTransformer, GroupedQueryAttention)
-    for field in dataclasses.fields(module)
-    for kind in _KINDS
-    if field.type in (kind, kind | None)
-}
-"""What the value of an option has to be, where that is a number, a string or a flag."""
-
-
-def _check_kinds(options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        kind = _OPTION_KINDS.get(name)
-        if kind is None or value is None:
-            continue
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            expected = next(k.__name__ for k, v in _KINDS.items() if v is kind)
-            raise UserError(f"model option {name}={value!r} must be of type {expected}")
-
-
 _DTYPES = {"dtype": None, "param_dtype": "float32"}  # None: that of inputs and parameters
 
 
-def _dtype_name(option: str, value: Any) -> str | None:
+def _dtype_name(name: str, value: Any) -> str | None:
     try:
         dtype = None if value is None else jnp.dtype(value)
     except (TypeError, ValueError, SyntaxError):  # NumPy parses texts such as "2f4"
         dtype = jnp.dtype(bool)
-    if dtype is None and option == "dtype":
+    if dtype is None and name == "dtype":
         return None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         shown = one_line(repr(value), 80)
-        raise UserError(f"model option {option}={shown} must be float32, bfloat16 or float16")
+        raise UserError(f"model option {name}={shown} must be float32, bfloat16 or float16")
     return dtype.name
 
 
-def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransformer:
+def known_options() -> dict[str, dataclasses.Field]:
+    """The options of `create` by name: fields of the ViT, and the options of all variants."""
+    return options.fields(VisionTransformer) | attention_lib.known_options()
+
+
+def create(name: str, *, attention: str = "mha", **values: Any) -> VisionTransformer:
     """A ViT by name.
 
     Args:
       name: SIZE/PATCH such as "S/16", "B/16", "L/16", "Ti/16", "mu/2"; SIZE alone means patch 16.
         SIZE "custom" has no numbers of its own: give width, depth, num_heads and mlp_width.
       attention: a name in `attention.VARIANTS`, or "mhsa".
-      **options: any field of `VisionTransformer` (num_classes, image_size, scan_layers, drop_path,
-        dtype, ...) or of `GroupedQueryAttention` (num_kv_heads, window, beta, attn_dropout, ...).
+      **values: any field of `VisionTransformer` (num_classes, image_size, scan_layers, drop_path,
+        dtype, ...) or option of `attention.configure` (num_kv_heads, window, beta, ...).
 
     Returns:
       The module; `init_variables` makes its variables.
@@ -328,37 +304,35 @@ def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransf
     match = re.fullmatch(r"([A-Za-z]+)(?:/(\d+))?", name)
     if not match or match[1] not in (*SIZES, "custom"):
         raise unknown("model", name, [f"{size}/PATCH" for size in (*SIZES, "custom")])
-    fields: dict[str, Any] = dict(SIZES.get(match[1], {}), patch_size=int(match[2] or 16))
-    fields |= options
-    missing = [option for option in SIZES["S"] if option not in fields]
+    values = {**SIZES.get(match[1], {}), "patch_size": int(match[2] or 16)} | values
+    missing = [needed for needed in SIZES["S"] if needed not in values]
     if missing:
         raise UserError(f"model {name!r} needs the options {', '.join(missing)}")
-    for option in fields:
-        if option not in _VIT_FIELDS | _ATTENTION_FIELDS:
-            raise unknown("model option", option, sorted(_VIT_FIELDS | _ATTENTION_FIELDS))
-    _check_kinds(fields)
-    attention_fields = {k: fields.pop(k) for k in list(fields) if k in _ATTENTION_FIELDS}
-    layer = GroupedQueryAttention(attention=attention, **attention_fields)
-    num_kv_heads = layer.check()
-    if fields["width"] % layer.num_heads:
-        raise UserError(
-            f"width {fields['width']} is not a multiple of {layer.num_heads} query heads"
-        )
+    known = known_options()
+    for given in values:
+        if given not in known:
+            raise unknown("model option", given, sorted(known))
+    options.check_kinds(known, values)
+    fields = options.chosen(VisionTransformer, values)
     if isinstance(fields.get("image_size"), list):
         fields["image_size"] = tuple(fields["image_size"])
-    for option in ("dtype", "param_dtype"):
-        fields[option] = _dtype_name(option, fields.get(option, _DTYPES[option]))
-    attention_fields = {name: getattr(layer, name) for name in _ATTENTION_FIELDS}  # defaults too
-    attention_fields |= {"attention": variant_name(attention), "num_kv_heads": num_kv_heads}
-    model = VisionTransformer(attention=FrozenDict(attention_fields), **fields)
-    for option, known in _CHOICES.items():
-        if getattr(model, option) not in known:
-            raise unknown(option, getattr(model, option), known)
+    for dtype, default in _DTYPES.items():
+        fields[dtype] = _dtype_name(dtype, fields.get(dtype, default))
+    layer = {name: x for name, x in values.items() if name not in fields}
+    model = VisionTransformer(attention=configure(attention, **layer), **fields)
+    options.check(model)
+    _check_together(model)
+    return model
+
+
+def _check_together(model: VisionTransformer) -> None:
+    """Raise UserError for options that do not fit together."""
+    if model.width % model.attention.num_heads:
+        raise UserError(
+            f"width {model.width} is not a multiple of {model.attention.num_heads} query heads"
+        )
     if model.distillation != "none" and model.pool != "token":
         raise UserError(f'distillation={model.distillation!r} needs pool "token"')
-    for option in ("width", "depth", "mlp_width", "patch_size"):
-        if getattr(model, option) < 1:
-            raise UserError(f"model option {option}={getattr(model, option)} must be at least 1")
     shape = model.image_shape
     whole = len(shape) == 2 and all(isinstance(side, numbers.Integral) for side in shape)
     if not whole or any(side < 1 or side % model.patch_size for side in shape):
@@ -366,13 +340,8 @@ def create(name: str, *, attention: str = "mha", **options: Any) -> VisionTransf
             f"image size {shape} must be positive multiples of the patch size {model.patch_size}:"
             " a side, or (height, width)"
         )
-    for option in ("num_classes", "representation_size"):
-        if getattr(model, option) < 0:
-            raise UserError(f"{option}={getattr(model, option)} must not be negative; 0: none")
-    check_rates(dropout=model.dropout, drop_path=model.drop_path)
     if model.pool == "token" and not model.class_token:
         raise UserError('pool "token" needs class_token=True; use pool "avg" without a class token')
-    return model
 
 
 def arguments(model: VisionTransformer) -> dict[str, Any]:
@@ -380,8 +349,8 @@ def arguments(model: VisionTransformer) -> dict[str, Any]:
 
     `create("custom", **arguments(model)) == model` for a model that `create` has made.
     """
-    fields = {name: getattr(model, name) for name in sorted(_VIT_FIELDS - {"attention"})}
-    return {**fields, **dict(sorted(model.attention.items()))}
+    fields = {name: getattr(model, name) for name in options.fields(model)}
+    return dict(sorted((fields | model.attention.arguments()).items()))
 
 
 def init_variables(model: VisionTransformer, rng: Array, channels: int = 3) -> dict[str, Any]:
@@ -421,13 +390,10 @@ def variable_shapes(model: VisionTransformer, channels: int = 3) -> dict[str, An
 
 def init_norm_stats(model: VisionTransformer) -> dict[str, Any]:
     """The collection `norm_stats` as it starts: no norms, equal allocations; {} without memory."""
-    layer = GroupedQueryAttention(**model.attention)
-    if not layer.has_memory:
+    if not model.attention.has_memory:
         return {}
-    tokens = jnp.zeros((1, 1, model.width))
-    # Parameters are not returned, so none is computed.
-    memory = jax.jit(lambda: layer.init(jax.random.key(0), tokens)["norm_stats"])()
-    blocks = {f"blocks_{i}": {"attn": jax.tree.map(jnp.copy, memory)} for i in range(model.depth)}
+    initial = model.attention.initial_memory
+    blocks = {f"blocks_{i}": {"attn": initial()} for i in range(model.depth)}
     return layers.stack_layers(blocks) if model.scan_layers else blocks
 
 

@@ -301,7 +301,7 @@ class Case:
             if not np.array_equal(np.asarray(found[path], np.float32), np.asarray(x, np.float32)):
                 return path
         model = converted.model
-        have = (model.attention["num_heads"], model.attention["num_kv_heads"], model.grid,
+        have = (model.attention.num_heads, model.attention.num_kv_heads, model.grid,
                 model.pool, converted.description["channels"], model.num_classes)  # fmt: skip
         want = (N, self.model.kv, self.model.grid, "token", self.model.channels, self.model.classes)
         if have != want:

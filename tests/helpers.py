@@ -4,6 +4,7 @@ The references follow the text of docs/method.md with loops over images and head
 where they are compared within a tolerance. They share no code with the package.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdgqa_jax import vit
-from kdgqa_jax.attention import GroupedQueryAttention
+from kdgqa_jax.attention import GroupedQueryAttention, configure
 
 VARIANTS = ("mha", "gqa", "kdgqa", "dgqa_ema", "dgqa_diff", "pgqa")
 GROUPED = VARIANTS[1:]
@@ -195,10 +196,14 @@ B, T, N, K, H = 3, 7, 6, 3, 8  # of the layers and their inputs; a mean over B i
 D = N * H
 
 
-def layer(attention: str = "gqa", **options) -> GroupedQueryAttention:
+def layer(attention: str = "gqa", **values) -> GroupedQueryAttention:
+    """A layer of a variant; `values` are those of its config or fields of the module."""
     if attention != "mha":
-        options.setdefault("num_kv_heads", K)
-    return GroupedQueryAttention(num_heads=N, attention=attention, **options)
+        values.setdefault("num_kv_heads", K)
+    values.setdefault("num_heads", N)
+    module = {f.name for f in dataclasses.fields(GroupedQueryAttention)}
+    fields = {name: values.pop(name) for name in values.keys() & module}
+    return GroupedQueryAttention(configure(attention, **values), **fields)
 
 
 @functools.cache

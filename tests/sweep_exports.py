@@ -138,7 +138,7 @@ def all_cases(every_dtype: bool = True) -> list[Case]:
 def random_variables(model: vit.VisionTransformer, other_memory: bool) -> dict[str, Any]:
     """Parameters large enough for groups to matter; memories as training could leave them."""
     rng = np.random.default_rng(0)
-    heads = model.attention["num_kv_heads"]
+    heads = model.attention.num_kv_heads
     order = [list(a) for a in itertools.product(range(N + 1), repeat=heads) if sum(a) == N]
 
     def draw(path: Any, like: Any) -> np.ndarray:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kdgqa_jax import allocation as alloc
+from kdgqa_jax import rules
 
 ROWS = 32  # all programs take this many rows, so that one compilation serves every test
 RULES = ("kdgqa", "dgqa_ema", "dgqa_diff")
@@ -337,7 +338,8 @@ NUMPY_IMPORTANCE = {
 
 
 def test_every_importance_is_tested():
-    assert set(alloc.IMPORTANCE) == {*NUMPY_IMPORTANCE, "gradient"}
+    assert set(alloc.IMPORTANCE) == set(NUMPY_IMPORTANCE)
+    assert set(rules.IMPORTANCE) == {*NUMPY_IMPORTANCE, "gradient"}
 
 
 @pytest.mark.parametrize("importance", NUMPY_IMPORTANCE)

@@ -62,9 +62,9 @@ def test_every_config_can_be_run(job, recipe):
         built = starting.build_model(settings, JOBS[job])
         _, width, depth, heads = MODELS[model]
         assert (built.width, built.depth, built.image_shape) == (width, depth, (224, 224))
-        assert built.attention["attention"] == attention and built.scan_layers is None
-        assert built.attention["num_heads"] == heads
-        assert built.attention["num_kv_heads"] == (heads if attention == "mha" else heads // 2)
+        assert built.attention.variant == attention and built.scan_layers is None
+        assert built.attention.num_heads == heads
+        assert built.attention.num_kv_heads == (heads if attention == "mha" else heads // 2)
         assert sources.SOURCES[settings.data.name].num_classes == JOBS[job]
         steps = settings.epochs * _recipes.DATA[settings.data.name].images / settings.batch_size
         assert settings.optim.warmup_steps < 0.1 * steps

@@ -349,7 +349,7 @@ def test_killed_conversion_leaves_nothing_or_all(tmp_path):
     if not out.exists():
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     loaded, variables, description = checkpoint.load_model(out)
-    assert loaded.attention["num_kv_heads"] == 2 and description["converted"]
+    assert loaded.attention.num_kv_heads == 2 and description["converted"]
     np.testing.assert_array_equal(
         variables["params"]["blocks_11"]["mlp"]["fc2"]["kernel"],
         params["params"]["blocks_11"]["mlp"]["fc2"]["kernel"],

@@ -28,24 +28,24 @@ def test_a_grouped_model_keeps_its_heads(tmp_path, attention):
     path = model_directory(tmp_path / "model", attention, num_kv_heads=N)
     before = convert.load(path, num_kv_heads=N)
     for after in (convert.load(path), convert.load(path, attention="gqa", num_classes=3)):
-        assert after.model.attention["num_kv_heads"] == N
+        assert after.model.attention.num_kv_heads == N
         jax.tree.map(
             np.testing.assert_array_equal,
             after.variables["params"]["blocks_1"],
             before.variables["params"]["blocks_1"],
         )
     for start in (start_from(path), start_from(path, attention="dgqa_diff")):
-        assert start.build().attention["num_kv_heads"] == N
+        assert start.build().attention.num_kv_heads == N
         assert start.variables["params"]["blocks_0"]["attn"]["key"]["bias"].shape == (N, helpers.H)
 
 
 def test_a_multi_head_model_is_halved(tmp_path):
     path = model_directory(tmp_path / "model", "mha")
-    assert convert.load(path).model.attention["num_kv_heads"] == N
+    assert convert.load(path).model.attention.num_kv_heads == N
     converted = convert.load(path, attention="kdgqa")
-    assert converted.model.attention["num_kv_heads"] == N // 2
+    assert converted.model.attention.num_kv_heads == N // 2
     assert converted.description["model"]["num_kv_heads"] == N // 2
-    assert start_from(path, attention="kdgqa").build().attention["num_kv_heads"] == N // 2
+    assert start_from(path, attention="kdgqa").build().attention.num_kv_heads == N // 2
 
 
 # --- half precision -----------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_groups_that_gradients_fix_are_known(by_gradient, capsys):
     ):
         np.testing.assert_array_equal(allocation, expected)
     _, rows = analysis.summarise(by_gradient)
-    assert rows[0][1:4] == (" ".join(map(str, expected)), str(expected.count(0)), "0.5 3 2")
+    assert rows[0][1:4] == (" ".join(map(str, expected)), str(expected.count(0)), "key_gradient 0.5 3 2")
 
 
 def test_heads_are_merged_for_the_groups_that_gradients_fix(by_gradient):

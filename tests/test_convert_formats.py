@@ -73,7 +73,7 @@ def test_exports_keep_their_metadata_whatever_their_first_byte_is(tmp_path):
         found = convert.load(path)
         assert found.description["class_names"] == names
         assert found.description["preprocessing"]["mean"] == 0.25
-        assert found.model.attention["attention"] == "kdgqa"
+        assert found.model.attention.variant == "kdgqa"
     assert len(first_bytes) > 4
 
 

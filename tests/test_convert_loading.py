@@ -54,7 +54,7 @@ def test_released_files_through_the_command_line(golden_file, tmp_path, name):
     if "allocation" in golden:
         np.testing.assert_array_equal(predictions.allocation[0], golden["allocation"])
     model, variables, _ = checkpoint.load_model(out)
-    assert model.attention["attention"] == str(golden["scheme"]).replace("mhsa", "mha")
+    assert model.attention.variant == str(golden["scheme"]).replace("mhsa", "mha")
     if name == "released_dgqa_ema":
         kept = variables["norm_stats"]["blocks_1"]["attn"]
         np.testing.assert_array_equal(kept["key_norm"], golden["weights/blocks.1.attn.cache"])
@@ -70,7 +70,7 @@ def test_the_variant_of_grouped_weights_has_to_be_said(golden_file, tmp_path, ca
     assert not (tmp_path / "a").exists()
     run(*arguments, tmp_path / "b", "--attention", "pgqa")
     model, _, _ = checkpoint.load_model(tmp_path / "b")
-    assert (model.attention["attention"], model.attention["num_kv_heads"]) == ("pgqa", 3)
+    assert (model.attention.variant, model.attention.num_kv_heads) == ("pgqa", 3)
 
 
 def test_timm_file_and_its_mean_pooled_version(golden_file, tmp_path):
@@ -132,7 +132,7 @@ def test_average_pooling_and_missing_qkv_bias(golden, tmp_path):
                for n, x in weights.items() if not n.endswith("qkv.bias")}  # fmt: skip
     save_file(weights, tmp_path / "a.safetensors")
     converted = convert.load(tmp_path / "a.safetensors", num_heads=6)
-    assert converted.model.pool == "avg" and converted.model.attention["qkv_bias"] is False
+    assert converted.model.pool == "avg" and converted.model.attention.qkv_bias is False
     images = helpers.normal(0, 2, 32, 32, 3)
     logits = helpers.apply(converted.model, converted.variables, images)
     params = converted.variables["params"]
@@ -222,7 +222,7 @@ def trained(tmp_path_factory):
 
 def test_grouped_to_fewer_heads(trained):
     before, after = convert.load(trained), convert.load(trained, num_kv_heads=2)
-    assert after.model.attention["num_kv_heads"] == 2
+    assert after.model.attention.num_kv_heads == 2
     flat = {n: flatten_dict(c.variables["params"], sep="/") for n, c in
             (("before", before), ("after", after))}  # fmt: skip
     for name, x in flat["after"].items():
@@ -239,8 +239,8 @@ def test_any_variant_to_any_variant(trained, tmp_path, attention):
     converted = convert.load(trained, attention=attention)
     converted.save(tmp_path / "model")
     model, variables, description = checkpoint.load_model(tmp_path / "model")
-    assert model.attention["attention"] == attention
-    assert model.attention["num_kv_heads"] == 4 and description["class_names"] == ["a", "b", "c"]
+    assert model.attention.variant == attention
+    assert model.attention.num_kv_heads == 4 and description["class_names"] == ["a", "b", "c"]
     before = convert.load(trained)
     jax.tree.map(np.testing.assert_array_equal, variables["params"], before.variables["params"])
     if attention == "dgqa_diff":  # the same kind of memory
@@ -276,7 +276,7 @@ def test_round_trips_are_bit_exact(golden_file, tmp_path, name, to):
     first = convert.load(path, num_heads=int(golden["num_heads"]))
     first.save(tmp_path / "model")
     # The name of a variant: a .pth of grouped weights says it nowhere else.
-    written = tmp_path / f"again_{first.model.attention['attention']}"
+    written = tmp_path / f"again_{first.model.attention.variant}"
     written = written.with_suffix({"safetensors": ".safetensors", "released": ".pth"}[to])
     run("convert", "--source", tmp_path / "model", "--to", to, "--out", written)
     heads = None if to == "safetensors" else int(golden["num_heads"])

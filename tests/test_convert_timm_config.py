@@ -78,7 +78,7 @@ def test_a_directory_of_timm_gives_timms_logits_without_a_flag(golden, directory
 )
 def test_heads_are_those_of_the_config(directory, model_args, architecture, heads):
     loaded = convert.load(directory(model_args=model_args, architecture=architecture))
-    assert loaded.model.attention["num_heads"] == heads
+    assert loaded.model.attention.num_heads == heads
     said = refusal(directory(model_args=model_args, architecture=architecture), num_heads=24)
     assert f"has {heads} query heads, not 24" in said
 
@@ -86,7 +86,7 @@ def test_heads_are_those_of_the_config(directory, model_args, architecture, head
 def test_heads_of_an_architecture_of_another_width_are_not_taken(directory):
     args = {"num_heads": None, "embed_dim": None}
     assert "give --num-heads" in refusal(directory(model_args=args))
-    assert convert.load(directory(model_args=args), num_heads=4).model.attention["num_heads"] == 4
+    assert convert.load(directory(model_args=args), num_heads=4).model.attention.num_heads == 4
 
 
 def test_heads_guessed_from_the_width_are_named(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from kdgqa_jax import analysis, convert, vit
+from kdgqa_jax.attention import configure
 
 RELEASED = ("released_mhsa", "released_gqa", "released_kdgqa", "released_kdgqa_k6",
             "released_dgqa_ema")  # fmt: skip
@@ -75,6 +76,6 @@ def test_timm_vit_and_its_mean_pooled_version(released):
     helpers.assert_close(logits, golden["logits_mha"], 1e-5)
     helpers.assert_close(features, golden["features_mha"], 1e-5)
     pooled = convert.to_grouped(variables["params"], 3)
-    gqa = mha.clone(attention=mha.attention.copy({"attention": "gqa", "num_kv_heads": 3}))
+    gqa = mha.clone(attention=configure("gqa", 6, 3))
     logits = jax.jit(gqa.apply)({"params": pooled}, images)
     helpers.assert_close(logits, golden["logits_gqa_mean_pooled"], 1e-5)

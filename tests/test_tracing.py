@@ -49,7 +49,7 @@ def test_exports_with_a_symbolic_batch(name, scan):
         given = variables, helpers.images(size), np.arange(size) < 2
         found, expected = exported.call(*given), apply(*given)
         assert found[0].shape == (size, 5)
-        if model.attention["attention"] == "kdgqa":
+        if model.attention.variant == "kdgqa":
             norms = layers.grouping_of(expected[1])["key_norm"]
             helpers.assert_away_from_ties("kdgqa", norms, 6)
         helpers.assert_close(found, expected, 1e-5)

@@ -71,7 +71,7 @@ def test_run_leaves_what_it_promises(whole_run):
     assert json.loads((workdir / "result.json").read_text())["loss"] == result["loss"]
     assert records[0]["loss"] == pytest.approx(math.log(10), abs=1e-4)  # the head starts at zero
     model, variables, description = checkpoint.load_model(workdir / "model")
-    assert model.attention["attention"] == "dgqa_diff"
+    assert model.attention.variant == "dgqa_diff"
     assert description["class_names"] == [str(i) for i in range(10)]
     assert set(variables) == {"params", "norm_stats"}
 

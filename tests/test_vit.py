@@ -12,7 +12,6 @@ import pytest
 from helpers import DGQA, VARIANTS, images, tiny_vit, vit_variables
 
 from kdgqa_jax import block, layers, vit
-from kdgqa_jax.attention import remember_key_gradients
 from kdgqa_jax.errors import UserError
 
 CAPTURED = ["grouping", "intermediates", "norm_stats"]
@@ -259,8 +258,10 @@ def test_remat_keeps_less():
 def test_remembered_gradients_are_the_same_in_both_layouts():
     _, _, grads = training_step("kdgqa")
     stats = {f"blocks_{i}": {"attn": {"key_gradient": jnp.zeros(3)}} for i in range(2)}
-    plain = remember_key_gradients(stats, grads)
-    stacked = remember_key_gradients(layers.stack_layers(stats), layers.stack_layers(grads))
+    learn = tiny_vit("kdgqa", importance="gradient").attention.rule.learn
+    plain = layers.map_attention(learn, stats, grads)
+    stacked = (layers.stack_layers(tree) for tree in (stats, grads))
+    stacked = layers.map_attention(learn, *stacked)
     helpers.assert_close(layers.unstack_layers(stacked), plain, 1e-6)
     key = grads["blocks_1"]["attn"]["key"]
     squares = np.square(key["kernel"]).sum((0, 2)) + np.square(key["bias"]).sum(1)

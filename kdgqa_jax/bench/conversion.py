@@ -44,7 +44,7 @@ def bench_convert(
         del variables
         command = [sys.executable, "-m", "kdgqa_jax.cli", "convert", "--attention", "gqa"]
         command += ["--source", str(source), "--out", str(pathlib.Path(folder) / "model")]
-        command += ["--pooling", pooling, "--num-heads", str(vision.attention["num_heads"])]
+        command += ["--pooling", pooling, "--num-heads", str(vision.attention.num_heads)]
         if calibration_images:
             images = pathlib.Path(folder) / "images"
             images.mkdir()

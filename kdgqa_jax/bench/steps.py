@@ -14,6 +14,7 @@ import numpy as np
 
 from kdgqa_jax import aot, memory, sharding, starting, train, vit
 from kdgqa_jax import config as config_lib
+from kdgqa_jax.attention import VARIANTS, variant_name
 from kdgqa_jax.bench import peer as peer_lib
 from kdgqa_jax.console import table
 from kdgqa_jax.train_step import init_state
@@ -125,7 +126,7 @@ def model_flops(model: vit.VisionTransformer, batch: int, training: bool) -> flo
     Of one layer and image, with T tokens: the projections 2 T D H (2 N + 2 K), maps and heads
     4 T^2 N H, the MLP 4 T D M. The backward pass counts twice the forward pass.
     """
-    heads, kv_heads = model.attention["num_heads"], model.attention["num_kv_heads"]
+    heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
     head_width, patches = model.width // heads, model.grid[0] * model.grid[1]
     tokens = patches + model.num_prefix_tokens
     layer = 2 * tokens * model.width * head_width * (2 * heads + 2 * kv_heads)
@@ -138,7 +139,7 @@ def model_flops(model: vit.VisionTransformer, batch: int, training: bool) -> flo
 def _of_variant(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
     config = config.copy_and_resolve_references()
     config.model.attention = variant
-    if variant in ("mha", "mhsa"):
+    if VARIANTS[variant_name(variant)].multi_head:
         config.model.num_kv_heads = None
     return config
 
@@ -210,7 +211,7 @@ def _peer_run(
                 "train": what == "train",
                 "width": model.width,
                 "depth": model.depth,
-                "num_heads": model.attention["num_heads"],
+                "num_heads": model.attention.num_heads,
                 "mlp_width": model.mlp_width,
                 "patch_size": model.patch_size,
                 "image_shape": model.image_shape,

@@ -13,15 +13,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from kdgqa_jax import checkpoint, layers, vit, workdir
-from kdgqa_jax.attention import VARIANTS
+from kdgqa_jax import checkpoint, layers, options, vit, workdir
 from kdgqa_jax.convert import files, foreign
 from kdgqa_jax.convert.formats import METADATA_KEY, Arrays
 from kdgqa_jax.convert.layouts import LAYOUTS
 from kdgqa_jax.errors import UserError, unknown
-
-_UNSAID = set(vit.OF_THE_RUN) - {"dtype"}
-"""Options that a file need not say: no prediction depends on them but for rounding."""
 
 
 def to_pytorch(
@@ -47,13 +43,13 @@ def _arrays(
     model: vit.VisionTransformer, variables: dict[str, Any], layout: str | None = None
 ) -> Arrays:
     """As `to_pytorch`, in the model's own dtypes."""
-    grouped = model.attention["num_kv_heads"] != model.attention["num_heads"]
-    ruled = VARIANTS[model.attention["attention"]].rule is not None
+    grouped = model.attention.num_kv_heads != model.attention.num_heads
+    ruled = model.attention.rule.dynamic
     layout = layout or ("released" if grouped or ruled else "timm")
     if layout not in ("timm", "released"):
         raise unknown("layout", layout, ("timm", "released"))
     if layout == "timm" and (grouped or ruled):
-        what = "grouped heads" if grouped else f"the groups of {model.attention['attention']}"
+        what = "grouped heads" if grouped else f"the groups of {model.attention.variant}"
         raise UserError(f"timm's fused qkv has no place for {what}; use layout 'released'")
     arrays: Arrays = {}
     thirds: dict[str, dict[int, np.ndarray]] = {}
@@ -160,7 +156,7 @@ def _lost(
     if any(x.dtype.itemsize > 4 for x in arrays.values()):  # files are read as float32
         return [f"param_dtype={model.param_dtype!r}"]
     try:
-        found = _read_again(files.at(path, arrays, metadata), model.attention["num_heads"])
+        found = _read_again(files.at(path, arrays, metadata), model.attention.num_heads)
     except UserError as error:
         return [f"what reading it takes ({error})"]
     own = vit.arguments(model)
@@ -170,12 +166,14 @@ def _lost(
         return [f"attention={own['attention']!r} but by its name (such as {name})"]
     arguments = {**found.arguments, "attention": own["attention"]}
     read = vit.arguments(vit.create(**arguments))
-    for options in (own, read):
-        options["dtype"] = options["dtype"] or "float32"  # of images
+    for said in (own, read):
+        said["dtype"] = said["dtype"] or "float32"  # of images
+    # No prediction depends on how a model is trained and computed but for rounding.
+    unsaid = set(options.names(vit.known_options(), options.RUN, options.PROGRAM)) - {"dtype"}
     told = [
         f"{name}={value!r}"
         for name, value in own.items()
-        if read[name] != value and name not in _UNSAID | _unread(own["attention"])
+        if read[name] != value and name not in unsaid
     ]
     memory = flatten_dict(layers.unstack_layers(variables.get("norm_stats", {})), sep="/")
     other = {
@@ -192,8 +190,3 @@ def _read_again(source: files.Source, num_heads: int) -> foreign.Loaded:
         return foreign.from_source(source)
     except UserError:
         return foreign.from_source(source, num_heads)
-
-
-def _unread(attention: str) -> set[str]:
-    """Options of other variants, which this one does not read."""
-    return set().union(*(v.fields for v in VARIANTS.values())) - VARIANTS[attention].fields

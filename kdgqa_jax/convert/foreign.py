@@ -99,12 +99,12 @@ def from_source(
     model = vit.create(**{**arguments, "attention": "gqa", "scan_layers": False})
     if source.metadata:
         arguments, model = _stated_model(file, told.place, arguments, model)
-    heads = model.attention["num_heads"], model.attention["num_kv_heads"]
+    heads = model.attention.num_heads, model.attention.num_kv_heads
 
     report = ConversionReport(str(source.path))
     params = _parameters(file, model, paths, channels, seed, report)
     norm_stats = _norm_stats(file, caches, *heads, report)
-    norm_stats |= _stated_norm_stats(file, *heads, report)
+    norm_stats |= _stated_norm_stats(file, model, report)
     report.left_over = left_over
     report.notes += notes
     report.notes.append(f"recognised as {layout.title}: {source.path.name}")
@@ -156,7 +156,7 @@ def _differences(
     """(name, value there, value here) of what differs among `_FROM_ARRAYS` and the heads."""
     pairs = [(name, getattr(there, name), getattr(here, name)) for name in _FROM_ARRAYS]
     for name in ("num_heads", "num_kv_heads"):
-        pairs.append((name, there.attention[name], here.attention[name]))
+        pairs.append((name, getattr(there.attention, name), getattr(here.attention, name)))
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
@@ -205,7 +205,7 @@ def _parameters(
     except Exception as error:  # options that only building a model finds to be wrong
         raise file.refuse(f"no model can be built ({first_line(error)})") from None
     shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
-    head_width = model.width // model.attention["num_heads"]
+    head_width = model.width // model.attention.num_heads
     params, missing, wrong = {}, [], []
     for path in paths:
         name, third = file.layout.theirs(path)
@@ -253,26 +253,35 @@ def _norm_stats(
     return norm_stats
 
 
-def _stated_norm_stats(
-    file: _File, num_heads: int, num_kv_heads: int, report: ConversionReport
-) -> Flat:
+def _stated_norm_stats(file: _File, model: vit.VisionTransformer, report: ConversionReport) -> Flat:
     """The memory as a file that we exported has it: allocations need not follow from the norms."""
     memory: Flat = {}
+    num_heads, num_kv_heads = model.attention.num_heads, model.attention.num_kv_heads
+    known = model.attention.initial_memory()
     parts = [file.source.metadata.get(name, {}) for name in ("allocation", "norm_stats")]
     for path, values in (parts[0] | parts[1]).items():  # older files hold allocations alone
-        whole = path.endswith("/allocation")
-        kind = "whole numbers" if whole else "numbers"
-        fits = isinstance(values, list) and len(values) == num_kv_heads
-        fits = fits and all(type(x) is int or (type(x) is float and not whole) for x in values)
-        fits = fits and all(-LARGEST < x < LARGEST for x in values if type(x) is int)
+        name = path.split("/")[-1]
+        whole = name == "allocation"
+        shape = known[name].shape if name in known else (num_kv_heads,)
+        fits = _are_numbers(values, shape, whole)
         if not fits or (whole and (sum(values) != num_heads or min(values) < 0)):
+            kind = "whole numbers" if whole else "numbers"
             raise file.refuse(
                 f"metadata: norm_stats {one_line(path, 60)}={one_line(repr(values), 60)}; expected"
-                f" {num_kv_heads} {kind}{f' that add up to {num_heads}' if whole else ''}"
+                f" {' x '.join(map(str, shape))} {kind}"
+                f"{f' that add up to {num_heads}' if whole else ''}"
             )
         memory[path] = np.asarray(values, np.int32 if whole else np.float32)
         report.add(path, "metadata")
     return memory
+
+
+def _are_numbers(values: Any, shape: tuple[int, ...], whole: bool) -> bool:
+    """If JSON values are an array of a shape."""
+    if shape:
+        fits = isinstance(values, list) and len(values) == shape[0]
+        return fits and all(_are_numbers(x, shape[1:], whole) for x in values)
+    return (type(values) is int and abs(values) < LARGEST) or (type(values) is float and not whole)
 
 
 def _class_names(source: files.Source, num_classes: int) -> list[str]:

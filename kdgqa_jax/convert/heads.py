@@ -11,7 +11,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kdgqa_jax import analysis, layers, vit
-from kdgqa_jax.attention import VARIANTS, GroupedQueryAttention
 from kdgqa_jax.convert.calibration import gather_moments
 from kdgqa_jax.convert.merging import MERGING, Merged, one_per_query_head, to_merged
 from kdgqa_jax.convert.pooling import POOLING, check_groups, to_grouped
@@ -82,7 +81,7 @@ def group_heads(
         `check_pooling` says.
     """
     check_pooling(pooling, images is not None, refit)
-    have, want = before.attention["num_kv_heads"], after.attention["num_kv_heads"]
+    have, want = before.attention.num_kv_heads, after.attention.num_kv_heads
     variables = {**variables, "params": layers.widened(variables["params"])}
     grouped = Grouped(variables["params"])
     if have != want and pooling in MERGING:
@@ -105,12 +104,12 @@ def _merge(
     rule: str,
     images: np.ndarray | None,
 ) -> None:
-    have, want = before.attention["num_kv_heads"], after.attention["num_kv_heads"]
+    have, want = before.attention.num_kv_heads, after.attention.num_kv_heads
     check_groups(have, want)
     params, fixed = as_equal_groups(before, variables)
     if not fixed:
         grouped.warnings.append(
-            f"the query heads of a {before.attention['attention']} model go to other key/value"
+            f"the query heads of a {before.attention.variant} model go to other key/value"
             f" heads from batch to batch; {rule} takes them as equal groups"
         )
     moments, by = None, "without data, by weights and norm scales"
@@ -127,11 +126,10 @@ def _merge(
         for name, layer in merged.items()
     }
     grouped.notes.append(f"heads merged by {rule}, {by}; {_energy_kept(merged)}")
-    attention = after.attention["attention"]
-    if VARIANTS[attention].rule is not None:
+    if after.attention.rule.dynamic:
         grouped.warnings.append(
             f"{rule} fits each query head to the key/value head of its own group: a query head that"
-            f" {attention} sends to another group's no longer matches it"
+            f" {after.attention.variant} sends to another group's no longer matches it"
         )
 
 
@@ -144,7 +142,7 @@ def as_equal_groups(
     that it serves. Where images decide about it, parameters are as they were, and groups are not.
     """
     params = variables["params"]
-    if VARIANTS[model.attention["attention"]].rule is None:
+    if not model.attention.rule.dynamic:
         return params, True
     allocations = analysis.fixed_allocations(model, variables.get("norm_stats", {}))
     if any(allocation is None for allocation in allocations):
@@ -200,9 +198,12 @@ def fit_norm_stats(
       "key_norm")).
     """
     wanted = flatten_dict(jax.device_get(vit.init_norm_stats(after.clone(scan_layers=False))))
-    old, new = (GroupedQueryAttention(**model.attention) for model in (before, after))
     kept = {}
-    if (old.num_kv_heads, old.importance) == (new.num_kv_heads, new.importance):
+    if _measures(before) == _measures(after):
         there = flatten_dict(layers.unstack_layers(norm_stats))
-        kept = {path: x for path, x in there.items() if path in wanted}
+        kept = {p: x for p, x in there.items() if p in wanted and x.shape == wanted[p].shape}
     return unflatten_dict({**wanted, **kept}), set(kept)
+
+
+def _measures(model: vit.VisionTransformer) -> tuple[str, int]:
+    return model.attention.rule.measure, model.attention.num_kv_heads

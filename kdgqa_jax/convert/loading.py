@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kdgqa_jax import checkpoint, layers, paths, vit, workdir
-from kdgqa_jax.attention import variant_name
+from kdgqa_jax.attention import VARIANTS, variant_name
 from kdgqa_jax.convert import files, heads
 from kdgqa_jax.convert.adapt import (
     adapt_input_channels,
@@ -107,7 +107,7 @@ def load(
 
     arguments = _wanted(loaded, attention, num_kv_heads, image_size, num_classes, num_heads)
     before, model = _source_model(loaded), vit.create(**arguments)
-    arguments["num_kv_heads"] = model.attention["num_kv_heads"]
+    arguments["num_kv_heads"] = model.attention.num_kv_heads
     _fit_head(loaded, before, model)
     _fit_images(loaded, before, model, channels)
     _fit_preprocessing(loaded, mean, std)
@@ -123,9 +123,10 @@ def load(
         variables["norm_stats"] = unflatten_dict(loaded.norm_stats, sep="/")
     if model.scan_layers:
         variables = {name: layers.stack_layers(tree) for name, tree in variables.items()}
+    own = vit.arguments(model)
     description = {
         **loaded.description,
-        "model": arguments,
+        "model": {name: x for name, x in arguments.items() if name == "name" or name in own},
         "converted": loaded.report.to_json(),
         "versions": versions(),
     }
@@ -141,8 +142,8 @@ def _load_ours(place: str) -> Loaded:
     for name in (*flat["params"], *flat.get("norm_stats", {})):
         report.add(name, name)
     heads_there = {
-        "attention": variant_name(model.attention["attention"]),
-        "num_kv_heads": model.attention["num_kv_heads"],
+        "attention": model.attention.variant,
+        "num_kv_heads": model.attention.num_kv_heads,
     }
     arguments = {**description.pop("model"), **heads_there}
     params = layers.widened(flat["params"])
@@ -180,27 +181,33 @@ def _wanted(
     """The arguments of `vit.create` for what was asked for."""
     arguments = dict(loaded.arguments)
     have = _source_model(loaded).attention
-    if num_heads not in (None, have["num_heads"]):
+    if num_heads not in (None, have.num_heads):
         raise UserError(
-            f"{loaded.report.source} has {have['num_heads']} query heads, not {num_heads}; leave"
+            f"{loaded.report.source} has {have.num_heads} query heads, not {num_heads}; leave"
             " --num-heads out"
         )
     attention = attention or arguments["attention"]
     if attention is None:
         raise UserError(
-            f"{loaded.report.source} has {have['num_kv_heads']} key/value heads for"
-            f" {have['num_heads']} query heads, which gqa, kdgqa and pgqa store alike; give"
+            f"{loaded.report.source} has {have.num_kv_heads} key/value heads for"
+            f" {have.num_heads} query heads, which gqa, kdgqa and pgqa store alike; give"
             " --attention (a file named after its variant needs none)"
         )
-    if num_kv_heads is None and variant_name(attention) == "mha":
-        num_kv_heads = have["num_heads"]
-    elif num_kv_heads is None and arguments["attention"] != "mha":  # None: grouped, of some variant
-        num_kv_heads = have["num_kv_heads"]
+    attention = variant_name(attention)
+    if num_kv_heads is None and VARIANTS[attention].multi_head:
+        num_kv_heads = have.num_heads
+    elif num_kv_heads is None and not _multi_head(arguments["attention"]):
+        num_kv_heads = have.num_kv_heads
     asked = {"image_size": image_size, "num_classes": num_classes}
     arguments |= {name: value for name, value in asked.items() if value is not None}
     if arguments["num_classes"] != loaded.arguments["num_classes"]:
         arguments["representation_size"] = 0  # belongs to the old head
-    return {**arguments, "attention": variant_name(attention), "num_kv_heads": num_kv_heads}
+    return {**arguments, "attention": attention, "num_kv_heads": num_kv_heads}
+
+
+def _multi_head(attention: str | None) -> bool:
+    """If a source is multi-head; None: it has grouped heads, of some variant."""
+    return attention is not None and VARIANTS[attention].multi_head
 
 
 # --- fitting what was loaded to what is wanted --------------------------------------------------

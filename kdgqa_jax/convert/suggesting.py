@@ -43,7 +43,7 @@ def suggest_kv_heads(
         images = calibration.read(model.image_shape, description["channels"], preprocessing)
         gathered, by = gather_moments(model, variables, images), f"on {len(images)} images"
     by += "" if fixed else ", groups taken as equal"
-    have = model.attention["num_kv_heads"]
+    have = model.attention.num_kv_heads
     fewer = [k for k in range(1, have) if have % k == 0]
     rows, enough = [], {*fewer, have}
     for i in range(model.depth):

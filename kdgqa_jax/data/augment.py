@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from kdgqa_jax.data.randaugment import rand_augment
-from kdgqa_jax.errors import UserError, check_rates
+from kdgqa_jax.errors import UserError, check_rate
 
 Array = jax.Array
 
@@ -36,7 +36,7 @@ def augment_config() -> ml_collections.ConfigDict:
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raise UserError for options out of range."""
-    check_rates(label_smoothing=config.label_smoothing)
+    check_rate("label_smoothing", config.label_smoothing)
     if not 0.0 <= config.erase <= 1.0:
         raise UserError(f"augment.erase={config.erase} must be between 0 and 1")
     if not 0.0 < config.resized_crop <= 1.0:
