@@ -6,7 +6,7 @@
 The variants differ in two places only: where the group index comes from (fixed, from the norms of
 now, from remembered norms) and whether noise is subtracted. `VARIANTS` is the table of those two
 choices; a new variant is one row and, if its rule is new, one function in allocation.py. The pure
-function behind the module is `grouped_attention`, in grouped.py.
+function behind the module is `grouped_attention`, in kernels.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kdgqa_jax import allocation as alloc
 from kdgqa_jax import noise
 from kdgqa_jax.errors import UserError, check_rates, unknown
-from kdgqa_jax.grouped import IMPLEMENTATIONS, grouped_attention
+from kdgqa_jax.kernels import EXPANSIONS, IMPLEMENTATIONS, grouped_attention
 
 Array = jax.Array
 
@@ -139,7 +139,8 @@ class GroupedQueryAttention(nn.Module):
       attn_dropout: rate on the attention maps.
       qkv_bias: the query, key and value projections have a bias.
       kernel_init: initialiser of the four projections.
-      implementation: see `grouped.expand_heads`.
+      implementation: of attention, see `kernels.grouped_attention`.
+      expansion: of key/value heads to query heads, see `kernels.grouped_attention`.
       dtype: of the computation; None: that of input and parameters. Norms, scores and softmax are
         float32 in any case.
       param_dtype: of the parameters.
@@ -163,6 +164,7 @@ class GroupedQueryAttention(nn.Module):
     qkv_bias: bool = True
     kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
     implementation: str | None = None
+    expansion: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -187,6 +189,7 @@ class GroupedQueryAttention(nn.Module):
             "noise_distribution": noise.DRAWS,
             "noise_statistics": noise.STATISTICS,
             "implementation": (None, *IMPLEMENTATIONS),
+            "expansion": (None, *EXPANSIONS),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -270,6 +273,7 @@ class GroupedQueryAttention(nn.Module):
             "dropout_rate": self.attn_dropout if train else 0.0,
             "dropout_rng": self.make_rng("dropout") if train and self.attn_dropout > 0 else None,
             "implementation": self.implementation,
+            "expansion": self.expansion,
         }
         if noise_rng is not None and self.noise_target == "maps":
             options["transform_maps"] = lambda maps: noise.perturb_maps(

@@ -33,6 +33,7 @@ def _model_config() -> ConfigDict:
         "attention": "mha",
         "num_kv_heads": config_dict.placeholder(int),
         "implementation": config_dict.placeholder(str),
+        "expansion": config_dict.placeholder(str),
         "scan_layers": config_dict.placeholder(bool),  # None: as the platform has it faster
         "dtype": "float32",
         "param_dtype": "float32",

@@ -45,7 +45,7 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block only
 }
 
-OF_THE_PROGRAM = ("scan_layers", "remat", "implementation")
+OF_THE_PROGRAM = ("scan_layers", "remat", "implementation", "expansion")
 """Options that change numbers by rounding only, and which random numbers a layer draws."""
 
 OF_THE_RUN = ("dropout", "attn_dropout", "drop_path", "dtype", "param_dtype", *OF_THE_PROGRAM)
