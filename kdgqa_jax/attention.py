@@ -5,7 +5,7 @@
 
 The variants differ in two places only: the rule that groups query heads (rules.py) and whether
 noise is subtracted (noise.py). `VARIANTS` is the table of those two choices; `register` adds a row.
-The pure function behind the module is `grouped_attention`, in grouped.py.
+The pure function behind the module is `grouped_attention`, in kernels/.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from kdgqa_jax import allocation as alloc
 from kdgqa_jax import noise as noise_lib
 from kdgqa_jax import options, rules
 from kdgqa_jax.errors import UserError, check_rate, unknown
-from kdgqa_jax.grouped import IMPLEMENTATIONS, grouped_attention
+from kdgqa_jax.kernels import EXPANSIONS, IMPLEMENTATIONS, grouped_attention
 from kdgqa_jax.options import ARCHITECTURE, CONVERSION, PROGRAM, RUN, SIZE, option
 
 Array = jax.Array
@@ -138,7 +138,8 @@ class AttentionConfig:
       variant: the name in `VARIANTS` that this was made from.
       attn_dropout: rate on the attention maps.
       qkv_bias: the query, key and value projections have a bias.
-      implementation: see `grouped.expand_heads`.
+      implementation: of attention, see `kernels.grouped_attention`.
+      expansion: of key/value heads to query heads, see `kernels.grouped_attention`.
 
     Raises:
       UserError: options that do not fit together.
@@ -152,6 +153,7 @@ class AttentionConfig:
     attn_dropout: float = option(0.0, RUN, check=check_rate)
     qkv_bias: bool = option(True, ARCHITECTURE)
     implementation: str | None = option(None, PROGRAM, choices=(None, *IMPLEMENTATIONS))
+    expansion: str | None = option(None, PROGRAM, choices=(None, *EXPANSIONS))
 
     def __post_init__(self) -> None:
         options.check(self)
@@ -303,6 +305,7 @@ class GroupedQueryAttention(nn.Module):
             "dropout_rng": self.make_rng("dropout") if dropout_rate else None,
             "transform_maps": perturb if perturb and noise.noise_target == "maps" else None,
             "implementation": config.implementation,
+            "expansion": config.expansion,
         }
         if self.is_mutable_collection("intermediates") and not self.is_initializing():
             out, maps = grouped_attention(query, key, value, index, **arguments, return_maps=True)

@@ -6,6 +6,7 @@ from typing import Any
 from kdgqa_jax import vit, workdir
 from kdgqa_jax.data.images import Preprocessing
 from kdgqa_jax.errors import UserError, one_line
+from kdgqa_jax.kernels import EXPANSIONS
 
 _SIZES = (
     "width", "depth", "num_heads", "num_kv_heads", "mlp_width", "num_classes", "patch_size",
@@ -32,7 +33,18 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     if not all(isinstance(name, str) for name in description["class_names"]):
         raise UserError(f"{path} does not describe a model: class_names that are no strings")
     check_preprocessing(description["preprocessing"], path)
+    description["model"] = current_options(description["model"])
     return description
+
+
+def current_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `vit.create` as this version has them, from those that any version has written."""
+    if options.get("implementation") in tuple(
+        EXPANSIONS
+    ):  # what it meant before there were kernels
+        # It was how heads are expanded, before there were kernels.
+        options = {**options, "implementation": None, "expansion": options["implementation"]}
+    return options
 
 
 def check_preprocessing(fields: dict[str, Any], place: Any) -> Preprocessing:

@@ -77,7 +77,8 @@ VALUES: dict[str, list[dict[str, Any]]] = {
     "noise_at_eval": [{"noise_at_eval": True}],
     "scan_layers": [{"scan_layers": True}],
     "remat": [{"remat": "full"}],
-    "implementation": [{"implementation": "gather"}],
+    "implementation": [{"implementation": "chunked"}],
+    "expansion": [{"expansion": "gather"}],
     "dropout": [{"dropout": 0.1}],
     "attn_dropout": [{"attn_dropout": 0.1}],
     "drop_path": [{"drop_path": 0.1}],
@@ -89,7 +90,15 @@ COVERED = {*VALUES, *SIZE, "num_kv_heads", "attention", "dtype", "param_dtype"}
 HALF = ("float32", "bfloat16", *(["float16"] if helpers.compiles("float16") else []))
 DTYPES = [(None, "float32"), *itertools.product(HALF, HALF)]
 
-HOW_TO_RUN = ("scan_layers", "remat", "implementation", "dropout", "attn_dropout", "drop_path")
+HOW_TO_RUN = (
+    "scan_layers",
+    "remat",
+    "implementation",
+    "expansion",
+    "dropout",
+    "attn_dropout",
+    "drop_path",
+)
 
 
 @dataclasses.dataclass(frozen=True)

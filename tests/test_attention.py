@@ -39,7 +39,8 @@ def applied(module, jit=helpers.fast_jit, **fixed):
         ("kdgqa", {"allocation_scope": "example"}),
         ("gqa", {"num_kv_heads": 2}),
         ("gqa", {"qkv_bias": False}),
-        ("kdgqa", {"implementation": "one_hot"}),
+        ("kdgqa", {"expansion": "one_hot"}),
+        ("kdgqa", {"implementation": "chunked"}),
     ],
 )
 def test_evaluation_equals_numpy(attention, options):
@@ -381,7 +382,8 @@ def test_the_table_of_variants_is_tested():
         ({"noise_target": "map"}, "noise_target 'map': did you mean 'maps'"),
         ({"noise_statistics": "mean"}, "unknown noise_statistics 'mean': did you mean 'mean_std'"),
         ({"noise_distribution": "gauss"}, "noise_distribution 'gauss': .*normal, uniform"),
-        ({"implementation": "onehot"}, "implementation 'onehot': did you mean 'one_hot'"),
+        ({"expansion": "onehot"}, "expansion 'onehot': did you mean 'one_hot'"),
+        ({"implementation": "gather"}, "implementation 'gather': .*valid: None, xla, chunked"),
         ({"min_heads_per_group": 3}, "min_heads_per_group=3 for 3 key/value heads"),
         ({"window": 0}, "window=0 must be a number of steps, at least 1"),
         ({"importance": "gradient", "allocation_scope": "example"}, "one score per layer"),

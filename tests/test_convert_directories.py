@@ -180,7 +180,8 @@ def test_groups_that_gradients_fix_are_known(by_gradient, capsys):
     ):
         np.testing.assert_array_equal(allocation, expected)
     _, rows = analysis.summarise(by_gradient)
-    assert rows[0][1:4] == (" ".join(map(str, expected)), str(expected.count(0)), "key_gradient 0.5 3 2")
+    shown = " ".join(map(str, expected)), str(expected.count(0)), "key_gradient 0.5 3 2"
+    assert rows[0][1:4] == shown
 
 
 def test_heads_are_merged_for_the_groups_that_gradients_fix(by_gradient):

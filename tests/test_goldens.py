@@ -43,10 +43,10 @@ def logits_and_features(model, variables, images):
 capture = jax.jit(analysis.capture, static_argnums=0)
 
 
-@pytest.mark.parametrize("implementation", ["gather", "one_hot"])
+@pytest.mark.parametrize("expansion", ["gather", "one_hot"])
 @pytest.mark.parametrize("name", RELEASED)
-def test_logits_and_features_of_the_released_code(released, name, implementation):
-    golden, model, variables, images = released(name, implementation=implementation)
+def test_logits_and_features_of_the_released_code(released, name, expansion):
+    golden, model, variables, images = released(name, expansion=expansion)
     logits, features = logits_and_features(model, variables, images)
     helpers.assert_close(logits, golden["logits"], 1e-5)
     helpers.assert_close(features, golden["features"], 1e-5)

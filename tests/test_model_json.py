@@ -1,6 +1,7 @@
 """A model.json that describes no model, or a larger one than the weights, is refused at once."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import time
@@ -8,8 +9,9 @@ import time
 import pytest
 from convert_helpers import model_directory
 
-from kdgqa_jax import checkpoint, convert, model_json
+from kdgqa_jax import attention, checkpoint, convert, model_json, options
 from kdgqa_jax.errors import UserError
+from kdgqa_jax.kernels import EXPANSIONS
 
 VALUES = (None, True, -1, 0, 2.5, 10**12, float("nan"), "x", [], [1], ["a"], {}, {"a": 1})
 
@@ -113,3 +115,18 @@ def test_directories_without_names_or_preprocessing_are_read(directory, tmp_path
     (tmp_path / "model.json").write_text(json.dumps(described))
     (tmp_path / checkpoint.WEIGHTS).write_bytes((directory / checkpoint.WEIGHTS).read_bytes())
     assert checkpoint.load_model(tmp_path)[2]["preprocessing"] == {}
+
+
+@pytest.mark.parametrize("expansion", EXPANSIONS)
+def test_directories_of_earlier_versions_are_read(directory, tmp_path, expansion):
+    """They list the options of all variants, and `implementation` was what is `expansion` now."""
+    described = json.loads((directory / "model.json").read_text())
+    known = attention.known_options()
+    others = {n: f.default for n, f in known.items() if f.metadata["role"] == options.RULE}
+    described["model"] = {**others, **described["model"], "implementation": expansion}
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    (tmp_path / checkpoint.WEIGHTS).write_bytes((directory / checkpoint.WEIGHTS).read_bytes())
+    before, after = (checkpoint.load_model(place)[0] for place in (directory, tmp_path))
+    assert after == before.clone(
+        attention=dataclasses.replace(before.attention, expansion=expansion)
+    )

@@ -110,8 +110,8 @@ def test_strict_promotion_in_training_and_evaluation(strict, name, scan):
 @pytest.mark.parametrize(
     "options",
     [
-        {"importance": "variance", "implementation": "gather", "min_heads_per_group": 1},
-        {"importance": "max_norm", "allocation_scope": "example", "implementation": "gather"},
+        {"importance": "variance", "expansion": "gather", "min_heads_per_group": 1},
+        {"importance": "max_norm", "allocation_scope": "example", "expansion": "gather"},
         {"importance": "gradient", "distillation": "head", "remat": "full"},
         {"attention": "pgqa", "noise_target": "output", "noise_statistics": "mean_std"},
         {"attention": "dgqa_ema", "pool": "avg", "class_token": False, "representation_size": 6},

@@ -130,7 +130,8 @@ def test_what_may_change_in_a_run_may_change_in_every_stage_of_a_study(no_stages
         (tmp_path / folder).mkdir(parents=True)
     values = {"mesh": "mesh.fsdp=1", "logs": "logs.tensorboard=true", "data.on_device": "{}=true"}
     values |= {"on_nonfinite": "{}=skip", "accumulate": "{}=2", "model.scan_layers": "{}=true"}
-    values |= {"model.remat": "{}=full", "model.implementation": "{}=gather"}
+    values |= {"model.remat": "{}=full", "model.implementation": "{}=xla"}
+    values |= {"model.expansion": "{}=gather"}
     for stage in ("pretrain", "uptrain", "finetune"):
         given = [f"{stage}.{values.get(f, '{}=3').format(f)}" for f in train.MAY_CHANGE]
         study.run_study(changed(*given), tmp_path)

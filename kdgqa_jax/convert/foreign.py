@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdgqa_jax import allocation, vit
+from kdgqa_jax import allocation, model_json, vit
 from kdgqa_jax.convert import files, inference, preprocessing, stated
 from kdgqa_jax.convert.conversion_report import ConversionReport
 from kdgqa_jax.convert.formats import first_line
@@ -126,7 +126,7 @@ def _stated_model(
 
     Raises UserError: it describes none, or another one.
     """
-    options = dict(file.source.metadata.get("model", {}))
+    options = model_json.current_options(dict(file.source.metadata.get("model", {})))
     if options.get("num_kv_heads") is None:
         options.pop("num_kv_heads", None)
     arguments = {**arguments, **options}

@@ -9,9 +9,21 @@ import numpy as np
 import pytest
 
 from kdgqa_jax import noise
-from kdgqa_jax.grouped import IMPLEMENTATIONS, expand_heads, grouped_attention
+from kdgqa_jax.errors import UserError
+from kdgqa_jax.kernels import EXPANSIONS, chunked, expand_heads, grouped_attention
 
 B, T, S, N, K, H = 2, 5, 7, 6, 3, 4  # T != S, so that query and key shapes cannot be confused
+
+WAYS = {name: {"expansion": name} for name in EXPANSIONS} | {
+    "chunked": {"implementation": "chunked"}
+}
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Three chunks of three keys; the last two keys are padding."""
+    monkeypatch.setattr(chunked, "CHUNK", 3)
 
 
 def qkv(dtype=np.float32, num_kv_heads=K, source=S):
@@ -49,12 +61,12 @@ def value_and_vjp(**options):
     return helpers.fast_jit(both)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_way
 @pytest.mark.parametrize("per_example", [False, True])
 @pytest.mark.parametrize("kind", [None, "causal", "padding", "full"])
-def test_output_and_gradients_equal_the_loop(implementation, per_example, kind):
+def test_output_and_gradients_equal_the_loop(way, per_example, kind):
     mask, inputs, cotangent = some_mask(kind), qkv(), helpers.normal(3, B, T, N, H)
-    compute = value_and_vjp(mask=mask, implementation=implementation)
+    compute = value_and_vjp(mask=mask, **WAYS[way])
     for seed in range(4):
         index = random_index(seed, per_example)
         out, grads = compute(*inputs, cotangent, index)
@@ -64,9 +76,9 @@ def test_output_and_gradients_equal_the_loop(implementation, per_example, kind):
             helpers.assert_close(actual, wanted, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_idle_heads_get_exactly_zero_gradient_and_no_other_head_does(implementation):
-    compute = value_and_vjp(implementation=implementation)
+@every_way
+def test_idle_heads_get_exactly_zero_gradient_and_no_other_head_does(way):
+    compute = value_and_vjp(**WAYS[way])
     cotangent = helpers.normal(3, B, T, N, H)
     index = np.array([[0, 0, 0, 2, 2, 2], [1, 1, 1, 1, 1, 1]], np.int32)
     _, grads = compute(*qkv(), cotangent, index)
@@ -78,15 +90,12 @@ def test_idle_heads_get_exactly_zero_gradient_and_no_other_head_does(implementat
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("per_example", [False, True])
-def test_implementations_agree(dtype, per_example):
+def test_expansions_agree(dtype, per_example):
     index, cotangent = (
         random_index(0, per_example),
         jnp.asarray(helpers.normal(3, B, T, N, H), dtype),
     )
-    results = [
-        value_and_vjp(implementation=name)(*qkv(dtype), cotangent, index)
-        for name in IMPLEMENTATIONS
-    ]
+    results = [value_and_vjp(expansion=name)(*qkv(dtype), cotangent, index) for name in EXPANSIONS]
     for out, grads in results[1:]:
         np.testing.assert_array_equal(out, results[0][0])
         for a, b in zip(grads, results[0][1], strict=True):
@@ -94,16 +103,16 @@ def test_implementations_agree(dtype, per_example):
             helpers.assert_close(np.float32(a), np.float32(b), relative)
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
-def test_expand_heads_is_indexing(implementation):
+@pytest.mark.parametrize("expansion", [*EXPANSIONS, None])
+def test_expand_heads_is_indexing(expansion):
     _, key, _ = qkv()
     index = random_index(1, True)
-    expanded = expand_heads(key, jnp.asarray(index), implementation)
+    expanded = expand_heads(key, jnp.asarray(index), expansion)
     np.testing.assert_array_equal(
         expanded, np.stack([np.asarray(key)[b][:, index[b]] for b in range(B)])
     )
     np.testing.assert_array_equal(
-        expand_heads(key, jnp.asarray(index[0]), implementation), np.asarray(key)[:, :, index[0]]
+        expand_heads(key, jnp.asarray(index[0]), expansion), np.asarray(key)[:, :, index[0]]
     )
 
 
@@ -142,6 +151,7 @@ def test_equal_grouping_is_repeated_multi_head_attention(num_kv_heads, kind):
         ways = {
             "static": lambda *x: grouped_attention(*x, mask=mask),
             "dynamic": lambda *x: grouped_attention(*x, jnp.asarray(index), mask=mask),
+            "chunked": lambda *x: grouped_attention(*x, mask=mask, implementation="chunked"),
             "repeated": lambda *x: repeated_attention(*x, mask),
             "jax.nn": lambda *x: jax.nn.dot_product_attention(*x, mask=mask),
         }
@@ -152,7 +162,7 @@ def test_equal_grouping_is_repeated_multi_head_attention(num_kv_heads, kind):
         return results
 
     results = all_ways(*inputs)
-    for name in ("dynamic", "repeated", "jax.nn"):
+    for name in ("dynamic", "chunked", "repeated", "jax.nn"):
         for ours, other in zip(results["static"], results[name], strict=True):
             helpers.assert_close(ours, other, 1e-5)
 
@@ -240,8 +250,8 @@ def test_bfloat16_computes_scores_in_float32():
 # --- differentiation ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_forward_mode_agrees_with_reverse_mode_of_the_loop(implementation):
+@pytest.mark.parametrize("expansion", EXPANSIONS)
+def test_forward_mode_agrees_with_reverse_mode_of_the_loop(expansion):
     inputs, index = qkv(), random_index(0, True)
     tangents = [jnp.asarray(helpers.normal(10 + i, *x.shape)) for i, x in enumerate(inputs)]
     cotangent = helpers.normal(3, B, T, N, H)
@@ -249,7 +259,7 @@ def test_forward_mode_agrees_with_reverse_mode_of_the_loop(implementation):
     @helpers.fast_jit
     def forward(inputs, tangents):
         def attend(*x):
-            options = {"implementation": implementation, "return_maps": True}
+            options = {"expansion": expansion, "return_maps": True}
             return grouped_attention(*x, jnp.asarray(index), **options)[0]
 
         return jax.jvp(attend, inputs, tangents)[1]
@@ -274,14 +284,14 @@ def has_expanded_heads(shapes) -> bool:
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_way
 @pytest.mark.parametrize("per_example", [False, True, None])
 @pytest.mark.parametrize("jitted", [False, True])
-def test_only_k_heads_are_kept_for_the_backward_pass(implementation, per_example, jitted):
+def test_only_k_heads_are_kept_for_the_backward_pass(way, per_example, jitted):
     index = None if per_example is None else jnp.asarray(random_index(0, per_example))
 
     def attend(*x):
-        return grouped_attention(*x, index, implementation=implementation)
+        return grouped_attention(*x, index, **WAYS[way])
 
     shapes = kept_shapes(jax.jit(attend) if jitted else attend)
     assert not has_expanded_heads(shapes), shapes
@@ -291,9 +301,9 @@ def test_only_k_heads_are_kept_for_the_backward_pass(implementation, per_example
     assert has_expanded_heads(naive), naive
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_way
 @pytest.mark.parametrize("attention", ["kdgqa", *helpers.DGQA])
-def test_a_layer_keeps_no_more_for_the_backward_pass_than_gqa(attention, implementation):
+def test_a_layer_keeps_no_more_for_the_backward_pass_than_gqa(attention, way):
     def kept_bytes(module):
         variables = helpers.layer_variables(module)
         params, x = variables.pop("params"), jnp.ones((16, 65, helpers.D))
@@ -305,7 +315,7 @@ def test_a_layer_keeps_no_more_for_the_backward_pass_than_gqa(attention, impleme
         leaves = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(forward, *a)[1], params, x))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-    grouped = kept_bytes(helpers.layer(attention, implementation=implementation))
+    grouped = kept_bytes(helpers.layer(attention, **WAYS[way]))
     assert grouped <= 1.01 * kept_bytes(helpers.layer("gqa"))
 
 
@@ -360,6 +370,27 @@ def test_shapes_that_do_not_fit_are_refused(shapes, index, message):
         grouped_attention(*(ones(shape) for shape in shapes), index)
 
 
-def test_an_unknown_implementation_is_refused_with_the_nearest_one():
-    with pytest.raises(ValueError, match="'onehot': did you mean 'one_hot'"):
-        expand_heads(ones((1, 2, 3, 4)), jnp.zeros(6, jnp.int32), "onehot")
+@pytest.mark.parametrize(
+    "refuse, message",
+    [
+        (lambda *x: expand_heads(x[1], x[3], "onehot"), "expansion 'onehot': did you mean"),
+        (lambda *x: grouped_attention(*x, expansion="onehot"), "expansion 'onehot': did you mean"),
+        (
+            lambda *x: grouped_attention(*x, implementation="gather"),
+            "implementation 'gather': .*valid: xla, chunked",
+        ),
+        (
+            lambda *x: grouped_attention(*x, implementation="chunked", expansion="gather"),
+            "'chunked' cannot serve here: expansion='gather' is an option of 'xla' alone; take",
+        ),
+        (
+            lambda *x: grouped_attention(*x, implementation="chunked", transform_maps=jnp.sin),
+            "'chunked' cannot serve here: it makes no attention maps, which dropout and noise",
+        ),
+    ],
+)
+@pytest.mark.parametrize("run", [lambda f, *x: f(*x), jax.eval_shape], ids=["eager", "traced"])
+def test_what_cannot_serve_is_told_in_one_sentence(refuse, message, run):
+    with pytest.raises(UserError, match=message) as caught:
+        run(refuse, *qkv(), jnp.zeros(N, jnp.int32))
+    assert "\n" not in str(caught.value)

@@ -1,12 +1,9 @@
-"""Grouped attention as a pure function of query, key, value and group index.
+"""Grouped attention in plain XLA: the reference, which serves everything and makes maps.
 
-    B  batch             T  query tokens        S  key/value tokens (S == T in self-attention)
-    N  query heads       K  key/value heads     H  width of one head
-    G  query heads per key/value head in the equal grouping (N/K)
-
-Inside, queries are BTKGH. With a group index key/value heads are expanded to query heads: K stands
-for N then, and G for 1. Residuals of the backward pass hold K key/value heads; the expansion is
-made again where the backward pass needs it.
+G is the number of query heads per key/value head in the equal grouping (N/K); the other letters are
+those of the package. Inside, queries are BTKGH. With a group index key/value heads are expanded to
+query heads: K stands for N then, and G for 1. Residuals of the backward pass hold K key/value
+heads; the expansion is made again where the backward pass needs it.
 """
 
 import functools
@@ -46,7 +43,7 @@ def _block(x: Array, group_index: Array) -> Array:
     return jnp.einsum(equation, x, blocks, precision=jax.lax.Precision.HIGHEST)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Array, Array], Array]] = {
+EXPANSIONS: dict[str, Callable[[Array, Array], Array]] = {
     "gather": _gather,  # by the group index
     "one_hot": _one_hot,  # a contraction with the assignment mask
     "block": _block,  # the same with a mask of whole heads
@@ -54,18 +51,18 @@ IMPLEMENTATIONS: dict[str, Callable[[Array, Array], Array]] = {
 """How key/value heads are expanded to query heads: (BSKH, group index) -> BSNH."""
 
 
-def expand_heads(x: Array, group_index: Array, implementation: str | None = None) -> Array:
+def expand_heads(x: Array, group_index: Array, expansion: str | None = None) -> Array:
     """Key/value heads for every query head: BSKH and (N,) or (B, N) int -> BSNH.
 
-    `implementation` is a name in `IMPLEMENTATIONS`, which all give the same numbers; None: that of
-    the platform in `FORMS`.
+    `expansion` is a name in `EXPANSIONS`, which all give the same numbers; None: that of the
+    platform in `FORMS`.
 
-    Raises ValueError for an unknown implementation.
+    Raises ValueError for an unknown expansion.
     """
-    implementation = _form(implementation).expansion
-    if implementation not in IMPLEMENTATIONS:
-        raise unknown("attention implementation", implementation, IMPLEMENTATIONS)
-    return IMPLEMENTATIONS[implementation](x, group_index)
+    expansion = _form(expansion).expansion
+    if expansion not in EXPANSIONS:
+        raise unknown("expansion", expansion, EXPANSIONS)
+    return EXPANSIONS[expansion](x, group_index)
 
 
 # --- what suits a platform ----------------------------------------------------------------------
@@ -75,7 +72,7 @@ class Form(NamedTuple):
     """How attention is computed; the numbers are the same but for rounding.
 
     Attributes:
-      expansion: a name in `IMPLEMENTATIONS`.
+      expansion: a name in `EXPANSIONS`.
       query: the order of the axes BTKGH of queries in the products.
       key: the order of the axes BSKH of keys and values.
       merges: the query heads of a group are further query tokens of one head: G is 1, T is G T.
@@ -201,70 +198,32 @@ def _attend_backward(form, kept, out_grad):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-# --- grouped attention --------------------------------------------------------------------------
+# --- attention ----------------------------------------------------------------------------------
 
 
-def _check_shapes(query: Array, key: Array, value: Array, group_index: Array | None) -> None:
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
-        raise ValueError(f"expected query BTNH and key, value BSKH of one shape, got {shapes}")
-    batch, _, num_heads, width = query.shape
-    if (key.shape[0], key.shape[3]) != (batch, width):
-        raise ValueError(f"query and key must agree in batch B and head width H, got {shapes}")
-    if group_index is None:
-        if num_heads % key.shape[2]:
-            raise ValueError(f"equal groups need K to divide N; give a group_index for {shapes}")
-    elif group_index.shape not in ((num_heads,), (batch, num_heads)):
-        raise ValueError(
-            f"group_index must be (N,) = ({num_heads},) or (B, N) = ({batch}, {num_heads}),"
-            f" got {group_index.shape} for {shapes}"
-        )
-
-
-def grouped_attention(
+def attention(
     query: Array,
     key: Array,
     value: Array,
     group_index: Array | None = None,
-    *,
     mask: Array | None = None,
+    *,
+    expansion: str | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     transform_maps: Callable[[Array], Array] | None = None,
-    implementation: str | None = None,
     return_maps: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """Attention in which query head n uses key/value head group_index[n].
+    """As `grouped_attention` says, of arguments whose shapes fit.
 
-    Differentiable in query, key and value. Scores and softmax are float32 whatever the input dtype.
-    All shapes are static: one compilation serves every group index. Attention maps are made only
-    for `return_maps`, `transform_maps` and dropout; without them the backward pass keeps one array
-    of their size, in the dtype of the inputs, and there is no forward-mode derivative (`jax.jvp`;
-    forward over reverse works).
+    Maps are made only for `return_maps`, `transform_maps` and dropout; without them the backward
+    pass keeps one array of their size, in the dtype of the inputs, and there is no forward-mode
+    derivative (`jax.jvp`; forward over reverse works).
 
-    Args:
-      query: BTNH.
-      key: BSKH.
-      value: BSKH.
-      group_index: (N,) or (B, N) int; None: the equal grouping, which takes a static path without
-        any expansion (K must divide N).
-      mask: bool, broadcastable to BNTS, False where a token must not be attended to. A row without
-        any True attends to all tokens equally.
-      dropout_rate: rate of dropout on the attention maps.
-      dropout_rng: key for it; needed where the rate is not zero.
-      transform_maps: applied to the maps BNTS between softmax and dropout (PGQA's noise).
-      implementation: see `expand_heads`.
-      return_maps: also return the maps as they were used, BNTS in the dtype of `value`.
-
-    Returns:
-      BTNH in the dtype of `value`, or (BTNH, BNTS) with `return_maps`.
-
-    Raises:
-      ValueError: shapes that do not fit together, an unknown implementation, dropout without key.
+    Raises ValueError for an unknown expansion, and for dropout without a key.
     """
-    _check_shapes(query, key, value, group_index)
     batch, length, num_heads, width = query.shape
-    form = _form(implementation)
+    form = _form(expansion)
     split, rows = _groups(query, key, group_index, form)
     query = jnp.einsum(f"BTKGH->{form.query}", query.reshape(batch, length, *split, width))
     if form.merges:
