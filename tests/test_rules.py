@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 
 import helpers
 import jax
@@ -183,3 +185,19 @@ def test_options_of_a_new_rule_are_checked():
         vit.create("mu/4", attention="query_variance", sharpness="sharp")
     with pytest.raises(UserError, match="unknown model option 'sharpnes': did you mean 'sharpness"):
         vit.create("mu/4", attention="query_variance", sharpnes=1.0)
+
+
+def test_the_rule_of_the_documentation_works():
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "rules.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    del attention.VARIANTS["query_variance"]  # which it registers
+    names: dict = {"__name__": "documentation"}
+    try:
+        exec(code.replace("S/16", "mu/4").replace("kv_heads=3", "kv_heads=4"), names)
+        model = names["model"].clone(image_size=8)
+        variables = vit.init_variables(model, jax.random.key(0))
+        _, new = model.apply(variables, jnp.ones((2, 8, 8, 3)), train=True, mutable=["norm_stats"])
+        average = new["norm_stats"]["blocks_0"]["attn"]["average"]
+        assert average.shape == (4,) and (average > 0).all()
+    finally:
+        attention.VARIANTS["query_variance"] = attention.Variant(QueryVariance)
