@@ -92,7 +92,7 @@ def summarise(directory: str | os.PathLike) -> tuple[list[tuple[str, str]], list
         "key/value heads": model.attention.num_kv_heads,
         "layers": model.depth,
         "width": model.width,
-        "MLP width": model.mlp_width,
+        "MLP width": model.block.mlp_width,
         "patch": f"{model.patch_size} px",
         "images": f"{height}x{width} px, channels: {description['channels']}",
         "classes": f"{len(names)}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",

@@ -21,9 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 from kdgqa_jax import allocation as alloc
 from kdgqa_jax import noise as noise_lib
 from kdgqa_jax import options, rules
-from kdgqa_jax.errors import UserError, check_rate, unknown
+from kdgqa_jax.errors import UserError, check_positive, check_rate, unknown
 from kdgqa_jax.kernels import EXPANSIONS, IMPLEMENTATIONS, grouped_attention
 from kdgqa_jax.options import ARCHITECTURE, CONVERSION, PROGRAM, RUN, SIZE, option
+from kdgqa_jax.parts import layer_norm
 
 Array = jax.Array
 
@@ -138,6 +139,11 @@ class AttentionConfig:
       variant: the name in `VARIANTS` that this was made from.
       attn_dropout: rate on the attention maps.
       qkv_bias: the query, key and value projections have a bias.
+      proj_bias: the output projection has a bias.
+      head_width: H; None: the model width over N.
+      qk_norm: a norm over the width of each query and key head, before their products. Rules score
+        the keys as they are before it.
+      scale_attn_norm: a norm over all heads before the output projection.
       implementation: of attention, see `kernels.grouped_attention`.
       expansion: of key/value heads to query heads, see `kernels.grouped_attention`.
 
@@ -152,6 +158,10 @@ class AttentionConfig:
     variant: str = "gqa"
     attn_dropout: float = option(0.0, RUN, check=check_rate)
     qkv_bias: bool = option(True, ARCHITECTURE)
+    proj_bias: bool = option(True, ARCHITECTURE)
+    head_width: int | None = option(None, ARCHITECTURE)
+    qk_norm: bool = option(False, ARCHITECTURE)
+    scale_attn_norm: bool = option(False, ARCHITECTURE)
     implementation: str | None = option(None, PROGRAM, choices=(None, *IMPLEMENTATIONS))
     expansion: str | None = option(None, PROGRAM, choices=(None, *EXPANSIONS))
 
@@ -159,6 +169,16 @@ class AttentionConfig:
         options.check(self)
         resolve_num_kv_heads(self.variant, self.num_heads, self.num_kv_heads)
         self.rule.check(self.num_heads, self.num_kv_heads)
+        if self.head_width is not None:
+            check_positive("head_width", self.head_width)
+
+    def width_of_heads(self, width: int) -> int:
+        """H in a model of some width. Raises UserError if its heads are not of one width."""
+        if self.head_width is not None:
+            return self.head_width
+        if width % self.num_heads:
+            raise UserError(f"width {width} is not a multiple of {self.num_heads} query heads")
+        return width // self.num_heads
 
     @property
     def has_memory(self) -> bool:
@@ -243,6 +263,7 @@ class GroupedQueryAttention(nn.Module):
       config: what the layer is.
       dropout: rate on the output projection.
       kernel_init: initialiser of the four projections.
+      norm: makes a norm by its name, for `qk_norm` and `scale_attn_norm`.
       dtype: of the computation; None: that of input and parameters. Norms, scores and softmax are
         float32 in any case.
       param_dtype: of the parameters.
@@ -251,6 +272,7 @@ class GroupedQueryAttention(nn.Module):
     config: AttentionConfig
     dropout: float = 0.0
     kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+    norm: Callable[[str], nn.Module] = functools.partial(layer_norm, 1e-6)
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -273,11 +295,7 @@ class GroupedQueryAttention(nn.Module):
         """
         config, width = self.config, x.shape[-1]
         check_rate("dropout", self.dropout)
-        if width % config.num_heads:
-            raise UserError(
-                f"model width {width} is not a multiple of the {config.num_heads} query heads"
-            )
-        head_width = width // config.num_heads
+        head_width = config.width_of_heads(width)
         self._record("inputs", x=x)
         common = {
             "kernel_init": self.kernel_init,
@@ -296,6 +314,8 @@ class GroupedQueryAttention(nn.Module):
         value = heads(config.num_kv_heads, "value")  # BSKH
 
         index = self._group_index(query, key, train, step, mask)
+        if config.qk_norm:
+            query, key = self.norm("q_norm")(query), self.norm("k_norm")(key)
         perturb, noise = None, config.noise
         if noise is not None and (train or noise.noise_at_eval):
             perturb = functools.partial(noise.subtract, self.make_rng("noise"))
@@ -315,8 +335,13 @@ class GroupedQueryAttention(nn.Module):
         if perturb and noise.noise_target == "output":
             out = perturb(out)
         out = checkpoint_name(out, "heads")
+        if config.scale_attn_norm:
+            out = self.norm("norm")(out.reshape(*out.shape[:2], -1)).reshape(out.shape)
         self._record("inputs", heads=out)
-        out = nn.DenseGeneral(width, axis=(-2, -1), name="out", **common)(out)
+        dense = nn.DenseGeneral(
+            width, axis=(-2, -1), use_bias=config.proj_bias, name="out", **common
+        )
+        out = dense(out)
         return nn.Dropout(self.dropout, deterministic=not train)(out)
 
     def _record(self, collection: str, **values: Array) -> None:

@@ -22,6 +22,18 @@ def check_rate(name: str, rate: float) -> None:
         raise UserError(f"{name}={rate} must be at least 0 and below 1")
 
 
+def check_positive(name: str, value: int) -> None:
+    """Raise UserError for a model option below 1."""
+    if value < 1:
+        raise UserError(f"model option {name}={value} must be at least 1")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raise UserError for a number below 0, which leaves something out."""
+    if not value >= 0:
+        raise UserError(f"{name}={value} must not be negative; 0: none")
+
+
 SEEDS = range(2**32)
 """What random number generators take."""
 

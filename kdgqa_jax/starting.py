@@ -152,9 +152,9 @@ def _check_architecture(
         if name in asked and model.get(name, asked[name]) != asked[name]
     ]
     if "name" in asked and asked["name"] != model["name"]:
-        wanted = vit.create(asked["name"], image_size=found.image_size)
+        models = found, vit.create(asked["name"], image_size=found.image_size)
         for field in ("width", "depth", "mlp_width", "patch_size"):
-            there, here = getattr(found, field), getattr(wanted, field)
+            there, here = (vit.arguments(model)[field] for model in models)
             if there != here:
                 wrong.append(f"{field} is {there} there, {here} in {asked['name']}")
     if wrong:

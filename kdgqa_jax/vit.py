@@ -1,17 +1,15 @@
 """Vision Transformer with grouped query attention, timm semantics.
 
-Pre-norm blocks, LayerNorm eps 1e-6, exact (erf) GELU, qkv bias, class token, learned position
-embedding. `create("S/16", attention="kdgqa", num_kv_heads=3)` builds a Flax module.
+By default pre-norm blocks, LayerNorm eps 1e-6, exact (erf) GELU, qkv bias, class token, learned
+position embedding. `create("S/16", attention="kdgqa", num_kv_heads=3)` builds a Flax module.
 
-    B  batch    T  tokens (class token first, then the patches row by row)    D  model width
+    B  batch    T  tokens (class, distillation, registers; patches row by row)    D  model width
     L  layers   N  query heads    K  key/value heads    M  MLP width
 """
 
 import dataclasses
-import functools
 import numbers
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,11 +17,40 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kdgqa_jax import attention as attention_lib
-from kdgqa_jax import layers, options, sharding
+from kdgqa_jax import options, sharding
 from kdgqa_jax.attention import AttentionConfig, configure
-from kdgqa_jax.block import Block, layer_norm
-from kdgqa_jax.errors import UserError, check_rate, one_line, unknown
+from kdgqa_jax.block import Block, BlockConfig
+from kdgqa_jax.errors import (
+    UserError,
+    check_not_negative,
+    check_positive,
+    check_rate,
+    one_line,
+    unknown,
+)
 from kdgqa_jax.options import ARCHITECTURE, CONVERSION, PROGRAM, RUN, SIZE, option
+from kdgqa_jax.pools import NORMALISED, POOLS, AttentionPool
+from kdgqa_jax.variables import (
+    apply,
+    apply_in_evaluation,
+    init_norm_stats,
+    init_variables,
+    variable_shapes,
+)
+
+__all__ = [
+    "REMAT_POLICIES",
+    "SIZES",
+    "VisionTransformer",
+    "apply",
+    "apply_in_evaluation",
+    "arguments",
+    "create",
+    "init_norm_stats",
+    "init_variables",
+    "known_options",
+    "variable_shapes",
+]
 
 Array = jax.Array
 
@@ -46,64 +73,64 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block only
 }
 
-SCANNED = ("cpu",)
-"""Platforms where `scan_layers` None scans. CPUs add residual streams up again in each unrolled
-layer; accelerators keep more of a scan than they need (docs/speed.md)."""
-
 _COLLECTIONS = ("params", "norm_stats", "given", "grouping", "intermediates", "inputs")
 
 
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"model option {name}={value} must be at least 1")
-
-
-def _check_not_negative(name: str, value: int) -> None:
-    if value < 0:
-        raise UserError(f"{name}={value} must not be negative; 0: none")
-
-
 class VisionTransformer(nn.Module):
-    """ViT whose attention is any variant of `attention.VARIANTS`.
+    """ViT whose attention is any variant of `attention.VARIANTS`; options in timm's terms.
 
     Attributes:
       width: D.
       depth: L.
-      mlp_width: M.
-      attention: what the attention layers are, made by `attention.configure`.
+      attention: what the attention of each block is, made by `attention.configure`.
+      block: what a block is besides its attention.
       patch_size: side of a patch in pixels.
       image_size: side of the images in pixels, or (height, width); multiples of patch_size.
       num_classes: width of the head; 0: no head, the pooled features are returned.
-      pool: "token" (class token after the final norm) or "avg" (mean over the patch tokens, then
-        a norm named `fc_norm`, as timm has it).
+      patch_bias: the patch embedding has a bias.
+      embed_norm: a norm after the patch embedding.
       class_token: the model has a class token; "token" pooling needs it.
       distillation: DeiT's second token: "none", "token" (it is there, classes are read from the
         class token alone) or "head" (it has a head of its own; the logits are the mean of both).
+      reg_tokens: register tokens, after the class token (arXiv 2309.16588).
+      no_embed_class: the position embedding is that of the patches alone.
+      pre_norm: a norm before the first block.
+      final_norm: a norm after the last block.
+      norm_pooled: it is of what is pooled instead of all tokens (timm's fc_norm); None: for the
+        pools in `pools.NORMALISED`.
+      pool: a name in `pools.POOLS`.
+      pool_include_prefix: pools of patch tokens get the tokens before them, too.
       representation_size: width of a tanh layer `pre_logits` between the pooled features and the
         head, as models pretrained on ImageNet-21k may have it; 0: none.
-      norm_epsilon: of every LayerNorm.
       dropout: after the position embedding, the attention output and the MLP layers.
       drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
       scan_layers: one compiled block for all layers (`blocks` with a leading L axis) instead of L
         of them (`blocks_0`..); `stack_layers` and `unstack_layers` convert between the two. None:
-        parameters as with False; `vit.apply` scans on the platforms in `SCANNED`.
+        parameters as with False; `vit.apply` scans on the platforms in `variables.SCANNED`.
       remat: a name in `REMAT_POLICIES`.
       dtype: of the computation; None: that of inputs and parameters.
       param_dtype: of the parameters.
     """
 
-    width: int = option(role=SIZE, check=_check_positive)
-    depth: int = option(role=SIZE, check=_check_positive)
-    mlp_width: int = option(role=SIZE, check=_check_positive)
+    width: int = option(role=SIZE, check=check_positive)
+    depth: int = option(role=SIZE, check=check_positive)
     attention: AttentionConfig = option(role=CONVERSION)
-    patch_size: int = option(16, SIZE, check=_check_positive)
+    block: BlockConfig
+    patch_size: int = option(16, SIZE, check=check_positive)
     image_size: int | tuple[int, int] = option(224, CONVERSION)
-    num_classes: int = option(1000, SIZE, check=_check_not_negative)
-    pool: str = option("token", ARCHITECTURE, choices=("token", "avg"))
+    num_classes: int = option(1000, SIZE, check=check_not_negative)
+    patch_bias: bool = option(True, ARCHITECTURE)
+    embed_norm: bool = option(False, ARCHITECTURE)
     class_token: bool = option(True, ARCHITECTURE)
     distillation: str = option("none", ARCHITECTURE, choices=("none", "token", "head"))
-    representation_size: int = option(0, ARCHITECTURE, check=_check_not_negative)
-    norm_epsilon: float = option(1e-6, ARCHITECTURE)
+    reg_tokens: int = option(0, ARCHITECTURE, check=check_not_negative)
+    no_embed_class: bool = option(False, ARCHITECTURE)
+    pre_norm: bool = option(False, ARCHITECTURE)
+    final_norm: bool = option(True, ARCHITECTURE)
+    norm_pooled: bool | None = option(None, ARCHITECTURE)
+    pool: str = option("token", ARCHITECTURE, choices=POOLS)
+    pool_include_prefix: bool = option(False, ARCHITECTURE)
+    representation_size: int = option(0, ARCHITECTURE, check=check_not_negative)
     dropout: float = option(0.0, RUN, check=check_rate)
     drop_path: float = option(0.0, RUN, check=check_rate)
     scan_layers: bool | None = option(False, PROGRAM)
@@ -125,20 +152,29 @@ class VisionTransformer(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: the class token and the distillation token."""
-        return int(self.class_token) + (self.distillation != "none")
+        """Tokens before the patches: those of class and distillation, and registers."""
+        return int(self.class_token) + (self.distillation != "none") + self.reg_tokens
+
+    @property
+    def num_embedded_prefix_tokens(self) -> int:
+        """Those of them that the position embedding has an entry for."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    @property
+    def head_width(self) -> int:
+        """H."""
+        return self.attention.width_of_heads(self.width)
+
+    @property
+    def normalises_pooled(self) -> bool:
+        """The final norm is of what is pooled, not of all tokens."""
+        return self.pool in NORMALISED if self.norm_pooled is None else self.norm_pooled
 
     @property
     def block_fields(self) -> dict[str, Any]:
         """Fields of `block.Block`, which all layers share."""
-        return {
-            "mlp_width": self.mlp_width,
-            "attention": self.attention,
-            "norm_epsilon": self.norm_epsilon,
-            "dropout": self.dropout,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
+        names = ("attention", "dropout", "dtype", "param_dtype")
+        return {"config": self.block, **{name: getattr(self, name) for name in names}}
 
     def setup(self) -> None:
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -147,14 +183,19 @@ class VisionTransformer(nn.Module):
             (self.patch_size, self.patch_size),
             strides=(self.patch_size, self.patch_size),
             padding="VALID",
+            use_bias=self.patch_bias,
             **common,
         )
+        self.patch_norm = self.block.make_norm(**common) if self.embed_norm else None
         token_init = (nn.initializers.normal(1e-6), (1, 1, self.width), self.param_dtype)
         if self.class_token:
             self.cls_token = self.param("cls_token", *token_init)
         if self.distillation != "none":
             self.dist_token = self.param("dist_token", *token_init)
-        length = self.grid[0] * self.grid[1] + self.num_prefix_tokens
+        if self.reg_tokens:
+            shape = (1, self.reg_tokens, self.width)
+            self.reg_token = self.param("reg_token", token_init[0], shape, self.param_dtype)
+        length = self.grid[0] * self.grid[1] + self.num_embedded_prefix_tokens
         self.pos_embed = self.param(
             "pos_embed",
             nn.initializers.normal(self.width**-0.5),
@@ -162,6 +203,7 @@ class VisionTransformer(nn.Module):
             self.param_dtype,
         )
         self.pos_dropout = nn.Dropout(self.dropout)
+        self.norm_pre = self.block.make_norm(**common) if self.pre_norm else None
 
         block = Block
         if self.remat != "none":
@@ -182,9 +224,11 @@ class VisionTransformer(nn.Module):
             self.blocks = block(**self.block_fields)
         else:
             self.blocks = [block(**self.block_fields) for _ in range(self.depth)]
-        final_norm = layer_norm(self.norm_epsilon, **common)
-        self.norm = final_norm if self.pool == "token" else None
-        self.fc_norm = final_norm if self.pool == "avg" else None
+        final_norm = self.block.make_norm(**common) if self.final_norm else None
+        self.norm = None if self.normalises_pooled else final_norm
+        self.fc_norm = final_norm if self.normalises_pooled else None
+        if self.pool == "map":
+            self.attn_pool = AttentionPool(self.attention.num_heads, self.block, **common)
         # Here is one product per image: exact logits cost nothing.
         exact = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
         if self.representation_size:
@@ -204,11 +248,17 @@ class VisionTransformer(nn.Module):
             )
         x = self.patch_embed(images)
         x = x.reshape(x.shape[0], -1, self.width)  # BTD
+        if self.patch_norm is not None:
+            x = self.patch_norm(x)
+        position = self.pos_embed.astype(x.dtype)
+        if self.no_embed_class:
+            x += position
         prefix = [self.cls_token] if self.class_token else []
         prefix += [self.dist_token] if self.distillation != "none" else []
-        prefix = [jnp.broadcast_to(t.astype(x.dtype), (x.shape[0], 1, self.width)) for t in prefix]
+        prefix += [self.reg_token] if self.reg_tokens else []
+        prefix = [jnp.broadcast_to(t.astype(x.dtype), (len(x), *t.shape[1:])) for t in prefix]
         x = jnp.concatenate([*prefix, x], axis=1)
-        return x + self.pos_embed.astype(x.dtype)
+        return x if self.no_embed_class else x + position
 
     def features(
         self,
@@ -218,8 +268,10 @@ class VisionTransformer(nn.Module):
         step: Array | int | None = None,
         mask: Array | None = None,
     ) -> Array:
-        """All tokens BTD, after the final norm where `pool` is "token". Arguments as `__call__`."""
+        """All tokens BTD, after the final norm if it is theirs. Arguments as `__call__`."""
         x = self.pos_dropout(self.embed(images), deterministic=not train)
+        if self.norm_pre is not None:
+            x = self.norm_pre(x)
         x = sharding.split_batch(x)
         rates = [self.drop_path * i / max(self.depth - 1, 1) for i in range(self.depth)]
         if self.scan_layers:
@@ -229,6 +281,13 @@ class VisionTransformer(nn.Module):
             for block, rate in zip(self.blocks, rates, strict=True):
                 x, _ = block(x, rate if rate else None, train, step, mask)
         return self.norm(x) if self.norm is not None else x
+
+    def pooled(self, tokens: Array, train: bool = False) -> Array:
+        """The tokens BTD of `features` -> one vector per image, BD, normalised."""
+        if self.pool != "token" and not self.pool_include_prefix:
+            tokens = tokens[:, self.num_prefix_tokens :]
+        x = self.attn_pool(tokens, train) if self.pool == "map" else POOLS[self.pool](tokens)
+        return x if self.fc_norm is None else self.fc_norm(x)
 
     def __call__(
         self,
@@ -251,10 +310,7 @@ class VisionTransformer(nn.Module):
           UserError: images of another size.
         """
         tokens = self.features(images, train=train, step=step, mask=mask)
-        if self.pool == "token":
-            x = tokens[:, 0]
-        else:
-            x = self.fc_norm(jnp.mean(tokens[:, self.num_prefix_tokens :], axis=1))
+        x = self.pooled(tokens, train)
         if self.representation_size:
             x = jnp.tanh(self.pre_logits(x))
         if self.num_classes:
@@ -281,8 +337,9 @@ def _dtype_name(name: str, value: Any) -> str | None:
 
 
 def known_options() -> dict[str, dataclasses.Field]:
-    """The options of `create` by name: fields of the ViT, and the options of all variants."""
-    return options.fields(VisionTransformer) | attention_lib.known_options()
+    """The options of `create` by name: of the ViT, of its blocks, and of all variants."""
+    own = options.union([VisionTransformer, BlockConfig])
+    return own | attention_lib.known_options()
 
 
 def create(name: str, *, attention: str = "mha", **values: Any) -> VisionTransformer:
@@ -314,12 +371,15 @@ def create(name: str, *, attention: str = "mha", **values: Any) -> VisionTransfo
             raise unknown("model option", given, sorted(known))
     options.check_kinds(known, values)
     fields = options.chosen(VisionTransformer, values)
+    block = options.chosen(BlockConfig, values)
     if isinstance(fields.get("image_size"), list):
         fields["image_size"] = tuple(fields["image_size"])
     for dtype, default in _DTYPES.items():
         fields[dtype] = _dtype_name(dtype, fields.get(dtype, default))
-    layer = {name: x for name, x in values.items() if name not in fields}
-    model = VisionTransformer(attention=configure(attention, **layer), **fields)
+    layer = {name: x for name, x in values.items() if name not in fields | block}
+    model = VisionTransformer(
+        attention=configure(attention, **layer), block=BlockConfig(**block), **fields
+    )
     options.check(model)
     _check_together(model)
     return model
@@ -327,9 +387,11 @@ def create(name: str, *, attention: str = "mha", **values: Any) -> VisionTransfo
 
 def _check_together(model: VisionTransformer) -> None:
     """Raise UserError for options that do not fit together."""
-    if model.width % model.attention.num_heads:
+    model.attention.width_of_heads(model.width)
+    if model.pool == "map" and model.width % model.attention.num_heads:
         raise UserError(
-            f"width {model.width} is not a multiple of {model.attention.num_heads} query heads"
+            f'pool "map" needs a width that is a multiple of {model.attention.num_heads} heads, not'
+            f" {model.width}"
         )
     if model.distillation != "none" and model.pool != "token":
         raise UserError(f'distillation={model.distillation!r} needs pool "token"')
@@ -342,6 +404,8 @@ def _check_together(model: VisionTransformer) -> None:
         )
     if model.pool == "token" and not model.class_token:
         raise UserError('pool "token" needs class_token=True; use pool "avg" without a class token')
+    if model.no_embed_class and model.distillation != "none":
+        raise UserError(f"distillation={model.distillation!r} needs no_embed_class=False")
 
 
 def arguments(model: VisionTransformer) -> dict[str, Any]:
@@ -349,96 +413,5 @@ def arguments(model: VisionTransformer) -> dict[str, Any]:
 
     `create("custom", **arguments(model)) == model` for a model that `create` has made.
     """
-    fields = {name: getattr(model, name) for name in options.fields(model)}
+    fields = {n: getattr(part, n) for part in (model, model.block) for n in options.fields(part)}
     return dict(sorted((fields | model.attention.arguments()).items()))
-
-
-def init_variables(model: VisionTransformer, rng: Array, channels: int = 3) -> dict[str, Any]:
-    """{"params": ..., and for DGQA "norm_stats": ...}, made by one jitted initialisation.
-
-    The same numbers whether layers are scanned or not.
-    """
-    scanned = model.clone(scan_layers=True)
-    layout = layers.stack_layers if model.scan_layers else layers.unstack_layers
-
-    @jax.jit
-    def initialise(rng: Array) -> dict[str, Any]:
-        variables = scanned.init(rng, jnp.zeros((1, *model.image_shape, channels), jnp.float32))
-        return {name: layout(tree) for name, tree in variables.items()}
-
-    return initialise(rng)
-
-
-@functools.lru_cache(maxsize=8)
-def variable_shapes(model: VisionTransformer, channels: int = 3) -> dict[str, Any]:
-    """Shapes and dtypes of what `init_variables` gives, without making it.
-
-    Traced in the time of one layer, whatever sizes the model has.
-    """
-    scanned = model.clone(scan_layers=True)
-    shapes = jax.eval_shape(lambda: init_variables(scanned, jax.random.key(0), channels))
-    if model.scan_layers:
-        return shapes
-
-    def unstacked(tree: dict[str, Any]) -> dict[str, Any]:
-        layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree["blocks"])
-        rest = {name: branch for name, branch in tree.items() if name != "blocks"}
-        return rest | {f"blocks_{i}": layer for i in range(model.depth)}
-
-    return {name: unstacked(tree) for name, tree in shapes.items()}
-
-
-def init_norm_stats(model: VisionTransformer) -> dict[str, Any]:
-    """The collection `norm_stats` as it starts: no norms, equal allocations; {} without memory."""
-    if not model.attention.has_memory:
-        return {}
-    initial = model.attention.initial_memory
-    blocks = {f"blocks_{i}": {"attn": initial()} for i in range(model.depth)}
-    return layers.stack_layers(blocks) if model.scan_layers else blocks
-
-
-def apply(
-    model: VisionTransformer, variables: dict[str, Any], images: Array, **options: Any
-) -> tuple[Array, dict[str, Any]]:
-    """`model.apply` with layers scanned or not as `scan_layers` and the platform have it.
-
-    Args:
-      model: any variant.
-      variables: in the layout of the model.
-      images: (B, height, width, channels) float, normalised.
-      **options: those of `model.apply`, `mutable` among them.
-
-    Returns:
-      (logits, the mutable collections in the layout of the model).
-    """
-    if model.scan_layers is not None or sharding.platform() not in SCANNED:
-        return model.apply(variables, images, **options)
-    stacked = {name: layers.stack_layers(tree) for name, tree in variables.items()}
-    logits, collections = model.clone(scan_layers=True).apply(stacked, images, **options)
-    return logits, {name: layers.unstack_layers(tree) for name, tree in collections.items()}
-
-
-def apply_in_evaluation(
-    model: VisionTransformer,
-    variables: dict[str, Any],
-    images: Array,
-    mask: Array | None = None,
-    collect: Sequence[str] = (),
-) -> tuple[Array, dict[str, Any]]:
-    """(logits, collections "grouping" and `collect`): the one way in which models are evaluated.
-
-    Args:
-      model: any variant.
-      variables: {"params": ..., and for DGQA "norm_stats": ...}.
-      images: (B, height, width, channels) float, normalised.
-      mask: (B,) bool, False for padded images.
-      collect: further collections that the layers write.
-    """
-    return apply(
-        model,
-        variables,
-        images,
-        mask=mask,
-        mutable=["grouping", *collect],
-        rngs={"noise": jax.random.key(0)},  # for pgqa with noise_at_eval only
-    )

@@ -308,7 +308,8 @@ class Case:
             return f"model {have} instead of {want}"
         epsilon = 1e-12 if self.kind == "hf" else 1e-6
         stated = self.expect == EITHER  # random values may state another one
-        return "" if stated or model.norm_epsilon == epsilon else f"epsilon {model.norm_epsilon}"
+        found = model.block.norm_epsilon
+        return "" if stated or found == epsilon else f"epsilon {found}"
 
 
 def flattened(tree, prefix=""):

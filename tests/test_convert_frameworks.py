@@ -72,7 +72,7 @@ def test_hugging_face_models_agree(tmp_path, name, release):
     nhwc = images.numpy().transpose(0, 2, 3, 1)
     for place in (tmp_path, tmp_path / "model.safetensors"):
         loaded = convert.load(place)
-        assert loaded.model.attention.num_heads == 6 and loaded.model.norm_epsilon == 1e-12
+        assert loaded.model.attention.num_heads == 6 and loaded.model.block.norm_epsilon == 1e-12
         found = helpers.apply(loaded.model, loaded.variables, nhwc, method="features")
         helpers.assert_close(found, features, 1e-5)
         logits = helpers.apply(loaded.model, loaded.variables, nhwc)

@@ -171,7 +171,7 @@ def test_arguments_that_do_not_change_it_are_accepted(directory):
     args = {"drop_path_rate": 0.1, "drop_rate": 0.1, "dynamic_img_size": True, "init_values": None,
             "act_layer": "gelu", "norm_layer": "layernorm", "pre_norm": False, "fc_norm": None,
             "reg_tokens": 0, "class_token": True, "qkv_bias": True}  # fmt: skip
-    ratio = convert.load(directory()).model.mlp_width / 48
+    ratio = convert.load(directory()).model.block.mlp_width / 48
     convert.load(directory(model_args={**args, "mlp_ratio": ratio}))
 
 

@@ -12,6 +12,7 @@ import pytest
 from helpers import DGQA, VARIANTS, images, tiny_vit, vit_variables
 
 from kdgqa_jax import block, layers, vit
+from kdgqa_jax import variables as variables_lib
 from kdgqa_jax.errors import UserError
 
 CAPTURED = ["grouping", "intermediates", "norm_stats"]
@@ -196,7 +197,7 @@ def test_layers_are_scanned_where_the_platform_has_it_faster(monkeypatch):
 
     scanned, (logits, collections) = run()
     assert scanned
-    monkeypatch.setattr(vit, "SCANNED", ())
+    monkeypatch.setattr(variables_lib, "SCANNED", ())
     unrolled, (expected, unstacked) = run()
     assert not unrolled
     helpers.assert_close(logits, expected, 1e-5)

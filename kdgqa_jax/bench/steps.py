@@ -130,7 +130,7 @@ def model_flops(model: vit.VisionTransformer, batch: int, training: bool) -> flo
     head_width, patches = model.width // heads, model.grid[0] * model.grid[1]
     tokens = patches + model.num_prefix_tokens
     layer = 2 * tokens * model.width * head_width * (2 * heads + 2 * kv_heads)
-    layer += 4 * tokens**2 * heads * head_width + 4 * tokens * model.width * model.mlp_width
+    layer += 4 * tokens**2 * heads * head_width + 4 * tokens * model.width * model.block.mlp_width
     embedding = 2 * patches * 3 * model.patch_size**2 * model.width
     head = 2 * model.width * model.num_classes
     return float((model.depth * layer + embedding + head) * batch * (3 if training else 1))
@@ -212,7 +212,7 @@ def _peer_run(
                 "width": model.width,
                 "depth": model.depth,
                 "num_heads": model.attention.num_heads,
-                "mlp_width": model.mlp_width,
+                "mlp_width": model.block.mlp_width,
                 "patch_size": model.patch_size,
                 "image_shape": model.image_shape,
                 "classes": CLASSES,

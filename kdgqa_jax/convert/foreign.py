@@ -145,7 +145,7 @@ def _stated_model(
 
 _FROM_ARRAYS = (
     "width", "depth", "mlp_width", "patch_size", "grid", "num_classes", "pool", "class_token",
-    "distillation", "representation_size",
+    "distillation", "representation_size", "num_heads", "num_kv_heads",
 )  # fmt: skip
 """What arrays say of a model by their names and shapes."""
 
@@ -153,10 +153,9 @@ _FROM_ARRAYS = (
 def _differences(
     there: vit.VisionTransformer, here: vit.VisionTransformer
 ) -> list[tuple[str, Any, Any]]:
-    """(name, value there, value here) of what differs among `_FROM_ARRAYS` and the heads."""
-    pairs = [(name, getattr(there, name), getattr(here, name)) for name in _FROM_ARRAYS]
-    for name in ("num_heads", "num_kv_heads"):
-        pairs.append((name, getattr(there.attention, name), getattr(here.attention, name)))
+    """(name, value there, value here) of what differs among `_FROM_ARRAYS`."""
+    options = [{**vit.arguments(model), "grid": model.grid} for model in (there, here)]
+    pairs = [(name, *(values[name] for values in options)) for name in _FROM_ARRAYS]
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
