@@ -85,17 +85,28 @@ class Costs:
     Attributes:
       temporary_bytes: memory for what lives only meanwhile.
       argument_bytes: memory of what goes in: the state and a batch.
+      output_bytes: memory of what comes out and takes no argument's place.
+      code_bytes: memory of the program.
       cycles: the compiler's estimate in cycles by part of the program (see `PARTS`), loops times
         their trips; {} where the compiler makes none, which only that for TPUs does.
       collectives: (how many, bytes of their results) by kind.
+      carried: of these bytes, by kind and part of the program.
       unpriced: elements of gathers and scatters that the estimate leaves out.
     """
 
     temporary_bytes: int
     argument_bytes: int
+    output_bytes: int
+    code_bytes: int
     cycles: dict[str, int]
     collectives: dict[str, tuple[int, int]]
+    carried: dict[str, dict[str, int]]
     unpriced: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """All that has to be there at once."""
+        return self.temporary_bytes + self.argument_bytes + self.output_bytes + self.code_bytes
 
 
 PARTS: tuple[tuple[str, str], ...] = (
@@ -114,6 +125,7 @@ def read(compiled: jax.stages.Compiled) -> Costs:
     computations = _computations(text)
     cycles: collections.Counter[str] = collections.Counter()
     exchanged: dict[str, tuple[int, int]] = {}
+    carried: dict[str, dict[str, int]] = {}
     unpriced = 0
     for operation, times in _executed(computations):
         if priced := re.search(r'"estimated_cycles":"(\d+)"', operation.text):
@@ -126,11 +138,16 @@ def read(compiled: jax.stages.Compiled) -> Costs:
             count, size = exchanged.get(match[1], (0, 0))
             results = sum(_BYTES.get(d, 4) * math.prod(shape) for d, shape in operation.shapes)
             exchanged[match[1]] = (count + times, size + times * results)
+            by_part, part = carried.setdefault(match[1], {}), _part(operation.name)
+            by_part[part] = by_part.get(part, 0) + times * results
     return Costs(
         temporary_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
         cycles=dict(cycles.most_common()),
         collectives=exchanged,
+        carried=carried,
         unpriced=unpriced,
     )
 

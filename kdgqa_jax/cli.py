@@ -70,6 +70,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "predict": Command("logits or top classes of images", flags.add_predict, commands.run_predict),
     "inspect": Command("what a model directory holds", flags.add_inspect, commands.run_inspect),
+    "compile": Command(
+        "memory and time of a step on a TPU slice that is not here",
+        flags.add_compile,
+        commands.run_compile,
+        has_config=True,
+    ),
     "bench train": Command(
         "time and memory of training steps, variant by variant",
         flags.add_bench_steps,

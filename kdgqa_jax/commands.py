@@ -94,6 +94,27 @@ def run_bench_steps(what: str, arguments: argparse.Namespace) -> None:
     _write_figures(arguments, results)
 
 
+def run_compile(arguments: argparse.Namespace) -> None:
+    """What a step costs on a TPU slice, by its compiler."""
+    from kdgqa_jax import config, slices
+
+    _check_json("--json", arguments.json)
+    settings = config.load_config(arguments.config)
+    for change in ("", *arguments.compare):  # all of them, before the first one takes minutes
+        more = [f"--config.{field}" for field in change.split(",") if field]
+        config.override(settings, [*arguments.overrides, *more])
+    rows = slices.compile_for_slice(
+        arguments.config,
+        arguments.overrides,
+        arguments.topology,
+        step=arguments.step,
+        per_chip_batch=arguments.per_chip_batch,
+        compare=arguments.compare,
+        python=arguments.python or sys.executable,
+    )
+    _write_figures(arguments, rows)
+
+
 def run_bench_data(arguments: argparse.Namespace) -> None:
     """Measure the stages of the input pipeline."""
     from kdgqa_jax import config

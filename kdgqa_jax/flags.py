@@ -108,6 +108,31 @@ def add_bench_steps(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _per_chip_batch(text: str) -> int | str:
+    return text if text == "auto" else _in(range(1, LARGEST + 1), text)
+
+
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa compile`."""
+    parser.add_argument("--config", required=True, help="NAME[:key=value,...] or a .py file")
+    parser.add_argument("--topology", required=True, help="chip and shape, such as v5e:16x16")
+    parser.add_argument("--step", choices=["train", "eval"], default="train", help="of what")
+    parser.add_argument(
+        "--per-chip-batch",
+        type=_value("a whole number, at least 1, or auto", _per_chip_batch),
+        help="images a chip, or auto: the most that fit; none: by the config",
+    )
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE,...",
+        help="one more row; may be repeated",
+    )
+    parser.add_argument("--python", type=PATH, help="of an environment with libtpu; none: this")
+    _add_json(parser)
+
+
 def add_bench_data(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa bench data`."""
     parser.add_argument("--dataset", default="digits", help="NAME, tfds:NAME or folder:PATH")

@@ -81,14 +81,18 @@ def make_schedule(optim: OptimConfig, num_steps: int) -> optax.Schedule:
 
 # --- Optimizer ----------------------------------------------------------------------------------
 
+_VECTORS = ("bias", "scale", "ls1", "ls2")
+
 WITHOUT_DECAY: dict[str, tuple[str, ...]] = {
     "none": (),  # as published
-    "bias_and_norm": ("bias", "scale"),
-    "bias_norm_and_embeddings": ("bias", "scale", "cls_token", "dist_token", "pos_embed"),
+    "bias_and_norm": _VECTORS,
+    "bias_norm_and_embeddings": (*_VECTORS, "cls_token", "dist_token", "pos_embed"),
 }
 """The last parts of the names of parameters without weight decay; the last row is timm's."""
 
-_EMBEDDINGS = ("patch_embed", "cls_token", "dist_token", "pos_embed")
+_EMBEDDINGS = (
+    "patch_embed", "patch_norm", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre"
+)  # fmt: skip
 
 MU_DTYPES = ("float32", "bfloat16")
 

@@ -19,8 +19,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attn/(query|key|value)/kernel$", ("fsdp", "model", None)),  # DNH, DKH
     (r"attn/(query|key|value)/bias$", ("model", None)),  # NH, KH
     (r"attn/out/kernel$", ("model", None, "fsdp")),  # NHD
-    (r"mlp/fc1/kernel$", ("fsdp", "model")),  # DM
-    (r"mlp/fc1/bias$", ("model",)),  # M
+    (r"mlp/(fc1|gate)/kernel$", ("fsdp", "model")),  # DM
+    (r"mlp/(fc1|gate)/bias$", ("model",)),  # M
     (r"mlp/fc2/kernel$", ("model", "fsdp")),  # MD
     (r"patch_embed/kernel$", (None, None, None, "fsdp")),  # PPCD
     (r"pos_embed$", (None, None, "fsdp")),  # 1SD

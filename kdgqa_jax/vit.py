@@ -68,7 +68,7 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_saveable,  # keep the results of matrix products
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of projections
     "names": jax.checkpoint_policies.save_only_these_names(  # as dots_no_batch, in fewer arrays
-        "query", "key", "value", "heads", "stream", "fc1"
+        "query", "key", "value", "heads", "stream", "fc1", "gate"
     ),
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block only
 }

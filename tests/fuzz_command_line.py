@@ -61,6 +61,7 @@ WORKS: dict[str, tuple[str, ...]] = {
     "evaluate": ("--checkpoint=IN/model", "--dataset=folder:IN/tree"),
     "predict": ("--checkpoint=IN/model", "--images", "IN/tree"),
     "inspect": ("--checkpoint=IN/model",),
+    "compile": ("--config=testing", "--topology=v5e:2x2", "--python=IN/compiler"),
     "bench train": BENCH_STEPS,
     "bench eval": BENCH_STEPS,
     "bench data": ("--images=8", "--image-size=8", "--batch-size=2", "--workers=0"),
@@ -83,6 +84,9 @@ FITTING: dict[str, tuple[str, ...]] = {
     "shift": ("negative", "quarter_turn"),
     "json": ("OUT/a.json", "OUT/a.csv"),
     "peer": ("torch",),
+    "topology": ("v5e:4x4", "v6e:2x2", "v4:2x2x1"),
+    "per_chip_batch": ("auto", "64"),
+    "compare": ("model.attention=gqa", "model.remat=full,mesh.fsdp=2"),
 }
 """By name: values that make sense for a flag or field, besides small numbers."""
 
@@ -96,6 +100,11 @@ ODD = (
     *("float33", "float16", "gqa@svd+", "gqa,gqa", "mha@svd", "testing:attention=mha,kv=3"),
 )
 """Values that hardly any flag or field takes."""
+
+COMPILER = f"""#!{sys.executable}
+print('{{"per_chip_batch": 8, "chips": 4, "fits": false, "why": "this is no compiler"}}')
+"""
+"""Answers for the Python that has the compiler for slices."""
 
 CONFIGS = {
     "good": "from kdgqa_jax.configs.testing import get_config\n",
@@ -126,6 +135,8 @@ def make_inputs(folder: pathlib.Path) -> None:
         for file in ("[red] ☃", "1", "2"):
             image = Image.fromarray(rng.integers(0, 256, (9, 8, 3), np.uint8))
             image.save(folder / "tree" / name / f"{file}.png")
+    (folder / "compiler").write_text(COMPILER)
+    (folder / "compiler").chmod(0o755)
     (folder / "empty").mkdir()
     (folder / "text.txt").write_text("hello")
     for name, text in CONFIGS.items():

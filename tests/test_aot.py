@@ -38,12 +38,19 @@ ENTRY %main (a: f32[4,8]) -> f32[2] {
 
 
 def test_cycles_collectives_and_what_is_not_priced():
-    memory = types.SimpleNamespace(temp_size_in_bytes=5, argument_size_in_bytes=6)
+    memory = types.SimpleNamespace(
+        temp_size_in_bytes=5,
+        argument_size_in_bytes=6,
+        output_size_in_bytes=4,
+        alias_size_in_bytes=3,
+        generated_code_size_in_bytes=7,
+    )
     program = types.SimpleNamespace(as_text=lambda: PROGRAM, memory_analysis=lambda: memory)
     costs = aot.read(program)
-    assert (costs.temporary_bytes, costs.argument_bytes) == (5, 6)
+    assert (costs.temporary_bytes, costs.argument_bytes, costs.memory_bytes) == (5, 6, 19)
     assert costs.cycles == {"attention, backward": 1200, "optimizer": 7}
     assert costs.collectives == {"all-reduce": (12, 12 * (64 + 4)), "all-gather": (1, 256)}
+    assert costs.carried == {"all-reduce": {"other": 12 * 68}, "all-gather": {"other": 256}}
     assert costs.unpriced == 4
 
 

@@ -256,6 +256,7 @@ NEEDED = {
     "inspect": ["--checkpoint=a"],
     "evaluate": ["--checkpoint=a", "--dataset=digits"],
     "prepare": ["--dataset=digits"],
+    "compile": ["--config=testing", "--topology=v5e:2x2"],
     "bench train": [],
     "bench eval": [],
     "bench data": [],
