@@ -1,8 +1,8 @@
 """The paper's protocol in small: `kdgqa demo --workdir DIR`.
 
 Pretrain a multi-head ViT of size `mu` on small real images, then convert, uptrain and fine-tune
-every variant. Uptraining goes on with the pretraining data, as in the paper; fine-tuning adapts to
-a shifted version of it: every image turned by 90 degrees and made a negative.
+every variant. Uptraining continues with the pretraining data, as in the paper; fine-tuning adapts
+to a shifted version of it: every image turned by 90 degrees and made a negative.
 
 Argument string: `demo:dataset=digits` (default) or `demo:dataset=fashion_mnist`.
 """

@@ -52,7 +52,7 @@ class StateCheckpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int = 2):
         self.directory = directory
-        with self._told("read"):
+        with self._reported("read"):
             self._checkpointer = ocp.training.Checkpointer(
                 directory,
                 preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -68,7 +68,7 @@ class StateCheckpoints:
         if self.latest_step == step:
             return
         metadata = {**position, "checksum": int(_checksum(state))}
-        with self._told("written"):
+        with self._reported("written"):
             self._settle()
             self._saving = self._checkpointer.save_async(
                 step, state, custom_metadata=metadata, force=True
@@ -76,7 +76,7 @@ class StateCheckpoints:
 
     def wait(self) -> None:
         """Until saves under way have ended. Raises UserError if one of them failed."""
-        with self._told("written"):
+        with self._reported("written"):
             self._settle()
             self._checkpointer.wait()
 
@@ -119,8 +119,8 @@ class StateCheckpoints:
             say(f"checkpoint of step {step} in {self.directory} is damaged ({found})")
             if step == steps[0]:
                 raise UserError(
-                    f"no checkpoint in {self.directory} can be read; delete that folder to begin"
-                    " anew, or choose another --workdir"
+                    f"no checkpoint in {self.directory} can be read; delete that folder to start"
+                    " over, or choose another --workdir"
                 )
             processes.on_first_process(lambda step=step, aside=aside: self._set_aside(step, aside))
             say(f"it is now {aside}; going back to the one before it")
@@ -194,16 +194,16 @@ class StateCheckpoints:
     def _end(self, error: BaseException | None) -> None:
         if error is None:
             self.wait()
-            with self._told("written"):
+            with self._reported("written"):
                 self._checkpointer.close()
         elif jax.process_count() == 1:  # others, which may be gone, would have to close it too
-            with contextlib.suppress(Exception):  # the error that was first is told
+            with contextlib.suppress(Exception):  # the first error is reported
                 self._settle()
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
 
     @contextlib.contextmanager
-    def _told(self, what: str) -> Iterator[None]:
+    def _reported(self, what: str) -> Iterator[None]:
         try:
             yield
         except UserError:
@@ -257,7 +257,7 @@ _DATA = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE")  # what TensorStore begins wi
 
 
 def _one_line(error: Exception) -> str:
-    """The part of a long message that tells what happened."""
+    """The part of a long message that says what happened."""
     text = one_line(f"{error} {error.__cause__ or ''}", None)
     disk = next((reason for reason in _DISK if reason in text), None)
     start = min((text.find(reason) for reason in _DATA if reason in text), default=0)
@@ -266,7 +266,7 @@ def _one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the log of Orbax, which tells of every damaged array in a hundred lines."""
+    """Without the log of Orbax, which reports every damaged array in a hundred lines."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     hook = sys.unraisablehook

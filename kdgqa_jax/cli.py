@@ -203,20 +203,20 @@ def _fail(arguments: argparse.Namespace, error: Exception) -> int:
     if isinstance(error, UserError):
         text = str(error)
     elif joined:
-        text = f"another process of this run has ended, it seems ({_told(error)}); {processes.GONE}"
+        text = f"another process of this run has ended, it seems ({_described(error)}); {processes.GONE}"
     elif isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}"
     elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         text = f"there is not enough memory ({one_line(error)}); ask for less at a time"
     else:
-        text = f"{_told(error)} (--debug shows the traceback)"
+        text = f"{_described(error)} (--debug shows the traceback)"
     if joined:
         processes.leave(text)
     _complain(arguments, text)
     return 1
 
 
-def _told(error: Exception) -> str:
+def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 

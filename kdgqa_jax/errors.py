@@ -1,4 +1,4 @@
-"""Bad input, told in one sentence: what was wrong, where, what was expected, what to do."""
+"""Bad input, reported in one sentence: what was wrong, where, what was expected, what to do."""
 
 import difflib
 from collections.abc import Iterable
@@ -48,7 +48,7 @@ def check_seed(seed: int) -> None:
 
 
 class Preempted(Exception):
-    """The run was asked to end, has saved its state and can go on later."""
+    """The run was asked to end, has saved its state and can resume later."""
 
 
 def one_line(text: object, length: int | None = 200) -> str:

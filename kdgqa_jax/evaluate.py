@@ -122,7 +122,7 @@ def evaluate(
       batch_size: of the global batch; a multiple of the devices that share it.
       mesh: the devices.
       per_class: return accuracies by class too.
-      on_batch: is told how many batches have been sent to the devices.
+      on_batch: called with how many batches have been sent to the devices.
 
     Returns:
       top1 and top5 in percent, loss (mean cross entropy in nats), calibration_error in percent,

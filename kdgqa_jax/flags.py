@@ -213,7 +213,7 @@ CONVERT_OPTIONS: dict[str, dict] = {
     "channels": {"type": POSITIVE, "help": "of images; none: as it is"},
     "mean": {"type": NUMBERS, "help": "of pixels in 0..1, with commas"},
     "std": {"type": NUMBERS, "help": "of pixels in 0..1, with commas"},
-    "allow_missing": {**_NAMES, "help": "may be missing: starts anew"},
+    "allow_missing": {**_NAMES, "help": "may be missing: newly initialised"},
     "allow_left_over": {**_NAMES, "help": "may be in the source, unused"},
     "allow_nan": {"action": "store_true", "default": False, "help": "accept NaN and infinity"},
 }

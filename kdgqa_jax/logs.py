@@ -236,7 +236,7 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run of a project; restarts go on in the same one, whose id is in `folder`/wandb_run_id.
+    """A run of a project; restarts resume the same one, whose id is in `folder`/wandb_run_id.
 
     Every curve is drawn over "step". Records after the last checkpoint come twice, with the same
     values. The environment variables of wandb hold: WANDB_MODE=offline needs no network.

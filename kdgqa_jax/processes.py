@@ -79,7 +79,7 @@ def _watch() -> None:
         if distributed.global_state.client is None:  # the run has ended
             return
         if gone:
-            time.sleep(LOOK_EVERY)  # most often the failed step has told it by then
+            time.sleep(LOOK_EVERY)  # most often the failed step has reported it by then
             leave(f"process {', '.join(gone)} of this run has ended; {GONE}")
 
 

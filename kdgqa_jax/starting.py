@@ -33,13 +33,13 @@ class Start:
     Attributes:
       model: arguments of `vit.create`.
       preprocessing: fields of `config.data` that belong to the model.
-      told: lines for the user.
+      notes: lines for the user.
       variables: of the model, NumPy arrays; None: new ones.
     """
 
     model: dict[str, Any]
     preprocessing: dict[str, Any]
-    told: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     variables: dict[str, Any] | None = None
 
     def build(self) -> vit.VisionTransformer:
@@ -101,19 +101,19 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
     layout = layers.stack_layers if built.scan_layers else layers.unstack_layers
     variables = {"params": layout(params), "norm_stats": layout(memory)}
     attention = found.model.attention
-    told = [
+    notes = [
         f"starting from {config.init}: {attention.variant} with {attention.num_kv_heads}"
         f" key/value heads for {attention.num_heads} query heads"
     ]
-    told += found.report.notes
+    notes += found.report.notes
     changed = [(n, e.how) for n, e in found.report.entries.items() if n == "pos_embed" and e.how]
-    told += [f"{name}: {'; '.join(how)}" for name, how in changed]
+    notes += [f"{name}: {'; '.join(how)}" for name, how in changed]
     there, here = (jnp.dtype(m.param_dtype).name for m in (found.model, built))
     if there != here:
-        told.append(f"parameters cast from {there} to {here} (config.model.param_dtype)")
+        notes.append(f"parameters cast from {there} to {here} (config.model.param_dtype)")
     if followed:
-        told.append(f"taken over: {', '.join(f'{k} {v}' for k, v in followed.items())}")
-    return Start(model, preprocessing, tuple(told), variables)
+        notes.append(f"taken over: {', '.join(f'{k} {v}' for k, v in followed.items())}")
+    return Start(model, preprocessing, tuple(notes), variables)
 
 
 def _plain(statistic: Any) -> Any:
@@ -168,7 +168,7 @@ RECORD = "start.json"
 
 
 def write(start: Start, workdir: pathlib.Path) -> None:
-    """Keep what a run started from, so that it can go on without the other model."""
+    """Keep what a run started from, so that it can resume without the other model."""
     fields = ("model", "preprocessing")
     workdir_lib.write_json(workdir / RECORD, {name: getattr(start, name) for name in fields})
 

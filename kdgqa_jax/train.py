@@ -187,7 +187,7 @@ def _train_and_evaluate(
             say(f"{title}: resuming from step {int(state.step)} of {num_steps}")
     elif config.init:
         state = jax.jit(begin, out_shardings=shardings)(start.variables)
-        for line in start.told:
+        for line in start.notes:
             say(f"{title}: {line}")
         processes.on_first_process(lambda: starting.write(start, workdir))
     else:
@@ -208,7 +208,7 @@ def _train_and_evaluate(
         config=asked,
         **config.logs,
     )
-    # Without what comes after the step to go on from, which the first process drops meanwhile.
+    # Without what comes after the step to resume from, which the first process drops meanwhile.
     tests = {
         r["step"]: r
         for r in read_metrics(workdir)

@@ -54,13 +54,13 @@ def bench_convert(
             command += ["--calibration", str(images)]
             command += ["--calibration-images", str(calibration_images)]
         started = time.monotonic()
-        told = pathlib.Path(folder) / "told"
-        with told.open("w") as file:
+        log = pathlib.Path(folder) / "log"
+        with log.open("w") as file:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
             _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - started
         if status:
-            reason = one_line(told.read_text()) or f"status {os.waitstatus_to_exitcode(status)}"
+            reason = one_line(log.read_text()) or f"status {os.waitstatus_to_exitcode(status)}"
             raise UserError(f"converting a random {model} failed ({reason})")
         size, peak = source.stat().st_size, usage.ru_maxrss * 1024
     row = [

@@ -68,7 +68,7 @@ def bench_data(
 
     def host_pipeline(workers: int) -> float:
         batches = pipeline.TrainBatches(prepared, batch_size, config.seed, workers)
-        # What lies ready ahead of time must not count: go on until it is used up.
+        # What lies ready ahead of time must not count: continue until it is used up.
         for _ in range(4 + 4 * max(workers, 2)):
             next(batches)
         rate = batch_size * _rate(itertools.islice(batches, steps))

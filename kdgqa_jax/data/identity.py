@@ -19,7 +19,7 @@ Description = dict[str, Any]
 
 
 def describe(dataset: Dataset) -> Description:
-    """What tells a data set from others, as JSON; of a data set as its source gives it."""
+    """What distinguishes a data set from others, as JSON; of a data set as its source gives it."""
     return {
         "class_names": list(dataset.class_names),
         "train": _describe_split(dataset.train),

@@ -123,7 +123,7 @@ def names(folder: str | os.PathLike, keep: Callable[[os.DirEntry], bool]) -> lis
 
 
 def is_image(entry: os.DirEntry) -> bool:
-    """By its name; a link that leads nowhere counts, so that reading it tells."""
+    """By its name; a link that leads nowhere counts, so that reading it fails with its name."""
     return entry.name.lower().endswith(SUFFIXES) and (
         entry.is_file() or (entry.is_symlink() and not entry.is_dir())
     )

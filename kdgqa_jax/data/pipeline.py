@@ -170,7 +170,7 @@ class _Shuffled:
 
 @functools.lru_cache(maxsize=2)  # a batch may begin the next epoch
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    # RandomState's stream is the same in all releases of NumPy: a run resumed years later goes on.
+    # RandomState's stream is the same in all releases of NumPy: a run can be resumed years later.
     return np.random.RandomState((seed, epoch)).permutation(count).astype(np.uint32)
 
 

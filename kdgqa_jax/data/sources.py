@@ -29,7 +29,7 @@ class Source:
       native_size: (height, width, channels) of every image; None where they vary.
       train: what the set itself calls the split that is trained on.
       test: what it calls the one that is evaluated on.
-      how: the sentence that tells how its files are had; {name} and {data_dir} are filled in.
+      how: the sentence that says how to obtain its files; {name} and {data_dir} are filled in.
       tfds: whether tensorflow-datasets can prepare it.
       manual_files: what tensorflow-datasets cannot download for it.
       needs_dir: whether it needs a data directory.
@@ -239,7 +239,7 @@ def load(name: str, data_dir: str | None = None, shift: str = "none") -> Dataset
 def prepare(name: str, data_dir: str | None = None) -> Dataset:
     """The data set, downloaded and prepared in `data_dir` first if tfds can do it and has not yet.
 
-    Raises UserError: what `load` and the preparation raise; it tells which files to put where.
+    Raises UserError: what `load` and the preparation raise, which files to put where among it.
     """
     source, argument = find_source(name)
     if data_dir:

@@ -79,7 +79,7 @@ def find(name: str, data_dir: str) -> pathlib.Path | None:
 class TfdsSplit:
     """A split of a prepared directory; a record is read when its image is asked for.
 
-    Pickles as what it was made from, and opens the files anew where it is unpickled.
+    Pickles as what it was made from, and opens the files again where it is unpickled.
 
     Args:
       directory: a folder of one version.
