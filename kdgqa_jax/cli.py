@@ -203,7 +203,8 @@ def _fail(arguments: argparse.Namespace, error: Exception) -> int:
     if isinstance(error, UserError):
         text = str(error)
     elif joined:
-        text = f"another process of this run has ended, it seems ({_described(error)}); {processes.GONE}"
+        reason = _described(error)
+        text = f"another process of this run has ended, it seems ({reason}); {processes.GONE}"
     elif isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}"
     elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

@@ -256,7 +256,7 @@ class VisionTransformer(nn.Module):
         prefix = [self.cls_token] if self.class_token else []
         prefix += [self.dist_token] if self.distillation != "none" else []
         prefix += [self.reg_token] if self.reg_tokens else []
-        prefix = [jnp.broadcast_to(t.astype(x.dtype), (len(x), *t.shape[1:])) for t in prefix]
+        prefix = [jnp.broadcast_to(t.astype(x.dtype), (x.shape[0], *t.shape[1:])) for t in prefix]
         x = jnp.concatenate([*prefix, x], axis=1)
         return x if self.no_embed_class else x + position
 

@@ -42,7 +42,7 @@ class QueryVariance(rules.Rule):
 
     def scores(self, query, key, memory, mask):
         variance = jnp.var(jax.lax.stop_gradient(query), axis=1).sum(-1)  # BN
-        by_group = variance.reshape(len(variance), key.shape[2], -1).mean(-1)  # BK
+        by_group = variance.reshape(key.shape[0], key.shape[2], -1).mean(-1)  # BK
         return jnp.mean(by_group, axis=0, where=None if mask is None else mask[:, None])
 
     def update(self, scores, memory, num_heads):
