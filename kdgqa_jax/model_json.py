@@ -3,16 +3,18 @@
 import pathlib
 from typing import Any
 
-from kdgqa_jax import vit, workdir
+from kdgqa_jax import options, vit, workdir
 from kdgqa_jax.data.images import Preprocessing
 from kdgqa_jax.errors import UserError, one_line
 from kdgqa_jax.kernels import EXPANSIONS
+from kdgqa_jax.options import ARCHITECTURE, CONVERSION, SIZE
 
-_SIZES = (
-    "width", "depth", "num_heads", "num_kv_heads", "mlp_width", "num_classes", "patch_size",
-    "representation_size",
-)  # fmt: skip
-"""Options of `vit.create` that cannot be larger than the number of all weights."""
+
+def _sizes() -> list[str]:
+    """Options of `vit.create` that cannot be larger than the number of all weights."""
+    known = vit.known_options()
+    of_the_model = options.names(known, SIZE, CONVERSION, ARCHITECTURE)
+    return [name for name in of_the_model if options.kind(known[name]) is int]
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -37,14 +39,12 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     return description
 
 
-def current_options(options: dict[str, Any]) -> dict[str, Any]:
+def current_options(written: dict[str, Any]) -> dict[str, Any]:
     """Options of `vit.create` as this version has them, from those that any version has written."""
-    if options.get("implementation") in tuple(
-        EXPANSIONS
-    ):  # what it meant before there were kernels
-        # It was how heads are expanded, before there were kernels.
-        options = {**options, "implementation": None, "expansion": options["implementation"]}
-    return options
+    expansion = written.get("implementation")
+    if expansion in tuple(EXPANSIONS):  # which is what it was before there were kernels
+        return {**written, "implementation": None, "expansion": expansion}
+    return written
 
 
 def check_preprocessing(fields: dict[str, Any], place: Any) -> Preprocessing:
@@ -68,18 +68,22 @@ def build(
     Raises:
       UserError: options of no model, or of one that is larger than the weights.
     """
-    options, channels = description["model"], description["channels"]
+    arguments, channels = description["model"], description["channels"]
     total = sum(x.size for x in arrays.values())
     layers = max((_layers_of(name, x) for name, x in arrays.items()), default=0)
-    limits = {**dict.fromkeys(_SIZES, total), "depth": max(layers, len(arrays)), "channels": total}
-    for name, value in {**options, "channels": channels}.items():
+    limits = {
+        **dict.fromkeys(_sizes(), total),
+        "depth": max(layers, len(arrays)),
+        "channels": total,
+    }
+    for name, value in {**arguments, "channels": channels}.items():
         if name in limits and isinstance(value, int) and value > limits[name]:
             raise UserError(
                 f"{path}: {name}={_shown(value)} does not fit the weights beside it, which have"
                 f" {total:,} numbers in {len(arrays):,} arrays"
             )
     try:
-        model = vit.create(**options)
+        model = vit.create(**arguments)
         shapes = vit.variable_shapes(model, channels)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

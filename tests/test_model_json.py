@@ -34,7 +34,7 @@ def refusal(function, *arguments):
     ("option", "size"),
     [("depth", 3000), ("depth", 10**9), ("width", 10**9), ("mlp_width", 10**9),
      ("num_heads", 10**9), ("num_kv_heads", 10**15), ("num_classes", 10**9), ("patch_size", 10**9),
-     ("representation_size", 10**30)],
+     ("representation_size", 10**30), ("reg_tokens", 10**9), ("head_width", 10**9)],
 )  # fmt: skip
 def test_a_larger_model_than_the_weights_is_refused_at_once(directory, tmp_path, option, size):
     weights = directory / checkpoint.WEIGHTS
