@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from kdgqa_jax import comparisons
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.attention import VARIANTS
+from kdgqa_jax.comparisons import mean_and_interval
 from kdgqa_jax.console import say, table
 
 Record = dict[str, Any]
@@ -23,6 +25,8 @@ def write(records: list[Record], histories: dict[str, History], folder: pathlib.
     workdir_lib.write_json(folder / "results.json", records)
     header, rows = _table(records)
     note = _note(records)
+    if found := _comparisons(records):
+        comparisons.write(found, folder)
     (folder / "results.md").write_text(_markdown(records, header, rows, note), "utf-8")
     _plot_accuracy(records, folder / "accuracy.png")
     variants = {r["entry"]: r["variant"] for r in records}
@@ -37,16 +41,6 @@ def write(records: list[Record], histories: dict[str, History], folder: pathlib.
     say(f"report: {folder}")
 
 
-def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
-    """Mean and half-width of its 95 % confidence interval (Student's t); None for one value."""
-    if len(values) < 2:
-        return float(np.mean(values)), None
-    from scipy import stats
-
-    spread = np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1) * spread)
-
-
 def _values(records: list[Record], entry: str, stage: str, field: str = "top1") -> list[float]:
     return [r[field] for r in records if (r["entry"], r["stage"]) == (entry, stage)]
 
@@ -58,23 +52,6 @@ def _entries(records: list[Record]) -> list[str]:
 def _stages(records: list[Record]) -> list[str]:
     """Those after pretraining, in order."""
     return list(dict.fromkeys(r["stage"] for r in records if r["stage"] != "pretrained"))
-
-
-def paired_difference(
-    records: list[Record], entry: str, other: str, stage: str
-) -> tuple[float, float | None]:
-    """Top-1 of `entry` less that of `other` on the same seeds, in points: mean and interval.
-
-    The interval is that of `mean_and_interval` over the seeds that both have.
-    """
-    by_seed = {(r["entry"], r["seed"]): r["top1"] for r in records if r["stage"] == stage}
-    seeds = dict.fromkeys(seed for _, seed in by_seed)
-    differences = [
-        by_seed[entry, seed] - by_seed[other, seed]
-        for seed in seeds
-        if {(entry, seed), (other, seed)} <= by_seed.keys()
-    ]
-    return mean_and_interval(differences)
 
 
 def _show(mean: float, interval: float | None, sign: str = "") -> str:
@@ -102,24 +79,27 @@ def _table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _paired_table(records: list[Record]) -> list[str]:
-    """Lines of a table: every entry less the first one that groups heads; [] for one seed."""
-    entries = [r["entry"] for r in records if r["num_kv_heads"] < r["num_heads"]]
-    seeds = {r["seed"] for r in records}
-    if len(seeds) < 2 or len(set(entries)) < 2:
+def _comparisons(records: list[Record]) -> list[comparisons.Comparison]:
+    return [c for stage in _stages(records) for c in comparisons.compare(records, stage)]
+
+
+def _paired_lines(found: list[comparisons.Comparison]) -> list[str]:
+    """A table of what was compared, and a sentence for each; [] for one seed."""
+    if not found:
         return []
-    first, stages = entries[0], _stages(records)
-    lines = [
-        f"Top-1 less that of {first}, paired by seed, in points:",
+    header, rows = comparisons.table(found)
+    return [
+        f"Top-1 less that of {found[0].other}, paired by seed, in points. ± is the 95 % confidence"
+        " interval, p is of the paired t-test, corrected over the variants of a stage, and of the"
+        " paired permutation test; the effect is in standard deviations of the differences:",
         "",
-        _line(["variant", *stages]),
-        _line(["---", *["---:"] * len(stages)]),
+        _line(header),
+        _line(["---", "---", "---", *["---:"] * (len(header) - 3)]),
+        *map(_line, rows),
+        "",
+        *(f"- {c.sentence()}" for c in found),
+        "",
     ]
-    for entry in dict.fromkeys(entries[1:]):
-        if entry != first:
-            pairs = (paired_difference(records, entry, first, stage) for stage in stages)
-            lines.append(_line([entry, *(_show(*pair, sign="+") for pair in pairs)]))
-    return [*lines, ""]
 
 
 def _note(records: list[Record]) -> str:
@@ -151,7 +131,7 @@ def _markdown(records: list[Record], header: list[str], rows: list[list[str]], n
         "",
         note,
         "",
-        *_paired_table(records),
+        *_paired_lines(_comparisons(records)),
         _what_stages_are(records),
         "",
         f"Device: {records[-1]['device']}. Versions: {json.dumps(records[-1]['versions'])}.",

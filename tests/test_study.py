@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdgqa_jax import config, report, study
+from kdgqa_jax import config, study
 from kdgqa_jax.errors import UserError
 
 FIELDS = {
@@ -138,25 +138,6 @@ def test_rules_of_conversion_and_lengths_of_uptraining(tmp_path):
     assert "calibrated with 16 images" in notes and "refitted with 16 images" in notes
     table = (tmp_path / "report" / "results.md").read_text()
     assert "| gqa (svd+refit) | 8 | 2 |" in table and "uptrained 2: 2 steps more" in table
-
-
-def test_differences_are_paired_by_seed():
-    top1 = {"gqa": (50.0, 60.0, 90.0), "gqa (svd)": (51.0, 63.0, 95.0)}
-    records = [
-        {"entry": entry, "seed": seed, "stage": "converted", "top1": value}
-        for entry, values in top1.items()
-        for seed, value in enumerate(values)
-    ]
-    mean, interval = report.paired_difference(records, "gqa (svd)", "gqa", "converted")
-    assert mean == 3.0
-    assert interval == pytest.approx(4.302653 * 2 / np.sqrt(3), rel=1e-5)  # of 1, 3 and 5
-
-
-def test_interval_is_students():
-    mean, interval = report.mean_and_interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert interval == pytest.approx(4.302653 / np.sqrt(3), rel=1e-5)  # t(0.975, 2) s / sqrt(n)
-    assert report.mean_and_interval([5.0]) == (5.0, None)
 
 
 @pytest.mark.parametrize(
