@@ -272,7 +272,8 @@ class GroupedQueryAttention(nn.Module):
         options = {
             "dropout_rate": self.attn_dropout if train else 0.0,
             "dropout_rng": self.make_rng("dropout") if train and self.attn_dropout > 0 else None,
-            "implementation": self.implementation,
+            # Variables are also made where the kernel does not run.
+            "implementation": None if self.is_initializing() else self.implementation,
             "expansion": self.expansion,
         }
         if noise_rng is not None and self.noise_target == "maps":

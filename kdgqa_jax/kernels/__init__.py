@@ -14,7 +14,7 @@ import jax
 
 from kdgqa_jax import sharding
 from kdgqa_jax.errors import UserError, unknown
-from kdgqa_jax.kernels import chunked, xla
+from kdgqa_jax.kernels import chunked, pallas, xla
 from kdgqa_jax.kernels.xla import EXPANSIONS, expand_heads
 
 __all__ = ["EXPANSIONS", "IMPLEMENTATIONS", "PREFERRED", "expand_heads", "grouped_attention"]
@@ -40,6 +40,7 @@ class Implementation:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(xla.attention),  # the reference; the only one that makes maps
     "chunked": Implementation(chunked.attention),  # memory linear in the number of tokens
+    "pallas": Implementation(pallas.attention, pallas.refusal),  # TPUs: no head is expanded
 }
 """By name. All give the same numbers but for rounding."""
 
