@@ -50,10 +50,10 @@ def value_and_vjp(query, key, value, cotangent, index, implementation):
     [
         ((2, 197, 197, 6, 3, 64), "example"),
         ((1, 197, 197, 6, 3, 64), "equal"),
-        ((2, 5, 5, 12, 4, 8), "unsorted"),
-        ((2, 5, 7, 12, 4, 32), "example"),
-        ((2, 1, 9, 16, 1, 80), "equal"),
-        ((1, 9, 2, 3, 3, 128), "unsorted"),
+        ((2, 9, 9, 12, 4, 8), "unsorted"),
+        ((2, 10, 11, 12, 4, 32), "example"),
+        ((2, 8, 9, 16, 1, 80), "equal"),
+        ((1, 9, 8, 3, 3, 128), "unsorted"),
     ],
 )
 def test_output_and_gradients_are_those_of_the_reference(sizes, kind):
@@ -63,12 +63,11 @@ def test_output_and_gradients_are_those_of_the_reference(sizes, kind):
     helpers.assert_close(ours, expected, 1e-5)
 
 
-@pytest.mark.parametrize("tokens, sources", [(200, 40), (3, 40), (130, 7)])
+@pytest.mark.parametrize("tokens, sources", [(200, 300), (9, 200), (130, 10)])
 @pytest.mark.parametrize("kind", ["example", "unsorted"])
 def test_several_blocks(monkeypatch, tokens, sources, kind):
-    """Of 128 queries and of 16 keys; the last ones are partial, and what is beyond is NaN here."""
-    monkeypatch.setattr(pallas, "QUERIES", 128)
-    monkeypatch.setattr(pallas, "KEYS", 16)
+    """Of 128 tokens each; the last ones are partial, and what is beyond is NaN here."""
+    monkeypatch.setattr(pallas, "BLOCK", 128)
     sizes = (2, tokens, sources, 6, 3, 8)
     given = inputs(*sizes)
     index = index_of(kind, *sizes[:1], *sizes[3:5])
@@ -99,7 +98,9 @@ def test_one_compilation_serves_every_index():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"mask": np.ones((5, 5), bool)}, "it takes no mask"),
+        ({"mask": np.ones((9, 9), bool)}, "it takes no mask"),
+        ({"tokens": 7}, "it takes at least 8 tokens"),
+        ({"memory": 100}, r"the heads of 128 tokens, \(6, 8\), take more than 100 bytes"),
         ({"width": 12}, "its head width must be a multiple of 8, and not 12"),
         ({"dtype": np.float16}, "it takes float32 and bfloat16, and not float16"),
         ({"interpret": False}, "it is a kernel for TPUs, and this program is for .* 'cpu'"),
@@ -108,7 +109,10 @@ def test_one_compilation_serves_every_index():
 @pytest.mark.parametrize("run", [lambda f, *x: f(*x), jax.eval_shape], ids=["eager", "traced"])
 def test_what_it_cannot_serve_is_told_in_one_sentence(monkeypatch, change, message, run):
     monkeypatch.setattr(pallas, "INTERPRET", change.get("interpret", True))
-    given = inputs(1, 5, 5, 6, 3, change.get("width", 8), change.get("dtype", np.float32))
+    monkeypatch.setattr(pallas, "MEMORY", change.get("memory", pallas.MEMORY))
+    given = inputs(
+        1, change.get("tokens", 9), 9, 6, 3, change.get("width", 8), change.get("dtype", np.float32)
+    )
     options = {"implementation": "pallas", "mask": change.get("mask")}
     with pytest.raises(UserError, match=message) as caught:
         run(lambda *qkv: grouped_attention(*qkv, **options), *given[:3])
@@ -119,7 +123,7 @@ def test_it_is_split_over_a_mesh():
     """Shapes alone: one device is enough to see that every part of a mesh gets its own images."""
     devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
     mesh = jax.sharding.Mesh(devices, sharding.AXES)
-    given = inputs(2, 5, 5, 6, 3, 8)
+    given = inputs(2, 9, 9, 6, 3, 8)
     index = jnp.asarray(index_of("example", 2, 6, 3))
 
     @sharding.jit_for(mesh)

@@ -15,7 +15,7 @@ queries.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,24 +31,18 @@ Ref = Any
 INTERPRET = False
 """Run the kernels operation by operation on any platform: for tests."""
 
-QUERIES = 384
-"""Most query tokens of a block."""
+BLOCK = 1152
+"""Most tokens of a block; the unrolled code of a program grows with them."""
 
-KEYS = 1152
-"""Most key/value tokens of a block."""
-
-UNROLL = 2
-"""Query heads in one round of a kernel's loop: their products and exponentials overlap."""
-
-VMEM = 64 * 2**20
-"""Bytes of a core's memory that a kernel may take."""
+MEMORY = 64 * 2**20
+"""Bytes of a core's memory (VMEM) that a kernel may take at most, and where none is known."""
 
 
 def refusal(
     query: Array, key: Array, value: Array, group_index: Array | None, mask: Array | None
 ) -> str | None:
     """See `Implementation`."""
-    del key, group_index
+    del group_index
     if sharding.platform() != "tpu" and not INTERPRET:
         return (
             f"it is a kernel for TPUs, and this program is for the platform {sharding.platform()!r}"
@@ -59,8 +53,12 @@ def refusal(
         return f"its head width must be a multiple of 8, and not {query.shape[3]}"
     if not {query.dtype.name, value.dtype.name} <= {"float32", "bfloat16"}:
         return f"it takes float32 and bfloat16, and not {query.dtype.name}"
-    if not all(isinstance(size, int) for size in query.shape):
-        return f"its shapes must be numbers, and not {query.shape}"
+    if not all(isinstance(size, int) for size in (*query.shape, *key.shape)):
+        return f"its shapes must be numbers, and not {query.shape} and {key.shape}"
+    if min(query.shape[1], key.shape[1]) < 8:
+        return "it takes at least 8 tokens"
+    if not any(_fitting_blocks(query.shape, key.shape, query.dtype)):
+        return f"the heads of 128 tokens, {query.shape[2:]}, take more than {_memory()} bytes"
     return None
 
 
@@ -96,9 +94,40 @@ def attention(
 # --- calls ----------------------------------------------------------------------------------------
 
 
+def _memory() -> int:
+    """Bytes of VMEM that a kernel may take: half of what there is, XLA keeps arrays there, too."""
+    if sharding.platform() != "tpu":
+        return MEMORY
+    return min(MEMORY, pltpu.get_tpu_info().vmem_capacity_bytes // 2)
+
+
+def _fitting_blocks(
+    query: tuple[int, ...], key: tuple[int, ...], dtype: Any
+) -> Iterator[tuple[int, int]]:
+    """Tokens of blocks (of queries BTNH, of keys BSKH) that fit into memory, the largest first.
+
+    They are all, or multiples of 128. It is the backward pass that counts: four arrays of each kind
+    in two buffers each, copies of keys and values with H along the 128 lanes, their gradients.
+    """
+
+    def sizes(tokens: int) -> Iterator[int]:
+        for count in range(pl.cdiv(tokens, BLOCK), pl.cdiv(tokens, 128) + 1):
+            yield tokens if count == 1 else pl.cdiv(tokens, 128 * count) * 128
+
+    (heads, width), (kv_heads, _) = query[2:], key[2:]
+    item, lanes = jnp.dtype(dtype).itemsize, pl.cdiv(width, 128) * 128
+    for cols in sizes(key[1]):
+        for rows in sizes(query[1]):
+            i, j = (pl.cdiv(tokens, 128) * 128 for tokens in (rows, cols))
+            transposed = 2 * kv_heads * cols * lanes * item
+            buffers = 8 * item * width * (heads * i + kv_heads * j)
+            if buffers + transposed + 8 * kv_heads * width * j <= _memory():
+                yield rows, cols
+
+
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Axes by the letters of the package, and how tokens are divided into blocks."""
+    """Axes by the letters of the package, and the tokens of a block of queries and one of keys."""
 
     B: int
     T: int
@@ -106,28 +135,29 @@ class _Sizes:
     N: int
     K: int
     H: int
+    rows: int
+    cols: int
     per_example: bool
 
     @classmethod
     def of(cls, query: Array, key: Array, group_index: Array) -> "_Sizes":
         """From query BNHT and key BKHS."""
-        batch, heads, width, length = query.shape
-        return cls(batch, length, key.shape[3], heads, key.shape[1], width, group_index.ndim == 2)
+        (batch, heads, width, length), (_, kv_heads, _, tokens) = query.shape, key.shape
+        block = _fitting_blocks(
+            (batch, length, heads, width), (batch, tokens, kv_heads, width), query.dtype
+        )
+        axes = batch, length, tokens, heads, kv_heads, width
+        return cls(*axes, *next(block), group_index.ndim == 2)
 
     @property
     def blocks(self) -> tuple[int, int]:
         """Numbers of blocks: (of queries, of keys)."""
-        return pl.cdiv(self.T, self.block.T), pl.cdiv(self.S, self.block.S)
+        return pl.cdiv(self.T, self.rows), pl.cdiv(self.S, self.cols)
 
     @property
     def block(self) -> "_Sizes":
-        """What a program has. Tokens are all, or a multiple of 128 with little padding."""
-
-        def size(tokens: int, most: int) -> int:
-            sizes = range(most, 0, -128)
-            return tokens if tokens <= most else min(sizes, key=lambda n: pl.cdiv(tokens, n) * n)
-
-        return dataclasses.replace(self, B=1, T=size(self.T, QUERIES), S=size(self.S, KEYS))
+        """What a program has."""
+        return dataclasses.replace(self, B=1, T=self.rows, S=self.cols)
 
     def shape(self, kind: str) -> tuple[int, ...]:
         """Of an array with queries, with keys, or with a number per query."""
@@ -197,7 +227,7 @@ def _call(
             scratch_shapes=[{name: pltpu.VMEM(*of) for name, of in scratch.items()}],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_memory()
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * scores * sizes.H,
@@ -233,28 +263,14 @@ def _dot(a: Array, b: Array, transposed: bool = False) -> Array:
     return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _for_each_head(
-    sizes: _Sizes,
-    index: Ref,
-    compute: Callable[[Array, Array], tuple[Array, ...]],
-    store: Callable[..., None],
-) -> None:
-    """Compute and store something for every query head n of an image and its key/value head kv.
-
-    `compute` takes (n, kv) and reads memory, `store` takes (n, kv) and what `compute` returned.
-    What some heads compute overlaps, as nothing is written between them.
-    """
+def _for_each_head(sizes: _Sizes, index: Ref, head: Callable[[Array, Array], None]) -> None:
+    """Call `head` with every query head of this program's image and its key/value head."""
     start = pl.program_id(0) * sizes.N if sizes.per_example else 0
-    some = max(count for count in range(1, UNROLL + 1) if sizes.N % count == 0)
 
-    def step(i: Array, _: None) -> None:
-        heads = [i * some + n for n in range(some)]
-        pairs = [(n, index[start + n]) for n in heads]
-        results = [compute(*pair) for pair in pairs]
-        for pair, result in zip(pairs, results, strict=True):
-            store(*pair, *result)
+    def one(n: Array, _: None) -> None:
+        head(n, index[start + n])
 
-    jax.lax.fori_loop(0, sizes.N // some, step, None)
+    jax.lax.fori_loop(0, sizes.N, one, None)
 
 
 def _scores(sizes: _Sizes, key: Array, query: Array) -> Array:
@@ -282,35 +298,36 @@ def _forward_kernel(sizes, index, blocks, out, keep):
             total[...] = jnp.zeros(total.shape, total.dtype)
             acc[...] = jnp.zeros(acc.shape, acc.dtype)
 
-    def softmax(n, kv):
+    def head(n, kv):
         scores = _scores(sizes, keep["key"][kv], blocks["query"][0, n])
-        if sizes.S % sizes.block.S:
+        if sizes.S % sizes.cols:
             key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-            scores = jnp.where(key < sizes.S - j * sizes.block.S, scores, -jnp.inf)
+            scores = jnp.where(key < sizes.S - j * sizes.cols, scores, -jnp.inf)
         largest = jnp.max(scores, axis=0, keepdims=True)
         if several:
             largest = jnp.maximum(largest, top[n])
         powers = jnp.exp2(scores - largest)
         sums = jnp.sum(powers, axis=0, keepdims=True)
         value = _real(blocks["value"][0, kv], j, sizes.S)
-        return largest, sums, _dot(value, powers.astype(value.dtype))
+        mixed = _dot(value, powers.astype(value.dtype))
+        if several:
+            shrunk = jnp.exp2(top[n] - largest)
+            top[n] = largest
+            total[n] = total[n] * shrunk + sums
+            acc[n] = acc[n] * shrunk + mixed
+        else:
+            write(n, largest, sums, mixed)
 
-    def add(n, kv, largest, sums, mixed):
-        shrunk = jnp.exp2(top[n] - largest)
-        top[n] = largest
-        total[n] = total[n] * shrunk + sums
-        acc[n] = acc[n] * shrunk + mixed
-
-    def write(n, kv, largest, sums, mixed):
+    def write(n, largest, sums, mixed):
         out["out"][0, n] = (mixed / sums).astype(out["out"].dtype)
         out["power"][0, n] = largest + jnp.log2(sums)
 
-    _for_each_head(sizes, index, softmax, add if several else write)
+    _for_each_head(sizes, index, head)
     if several:
 
         @pl.when(j == sizes.blocks[1] - 1)
         def write_all():
-            _for_each_head(sizes, index, lambda n, _: (top[n], total[n], acc[n]), write)
+            _for_each_head(sizes, index, lambda n, _: write(n, top[n], total[n], acc[n]))
 
 
 def _forward(
@@ -348,9 +365,9 @@ def _maps(sizes, blocks, keep, n, kv, i):
     )
     row = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=0, keepdims=True)
     power = blocks["power"][0, n]
-    if sizes.T % sizes.block.T:  # a query that is none has no maps
+    if sizes.T % sizes.rows:  # a query that is none has no maps
         token = jax.lax.broadcasted_iota(jnp.int32, power.shape, 1)
-        power = jnp.where(token < sizes.T - i * sizes.block.T, power, jnp.inf)
+        power = jnp.where(token < sizes.T - i * sizes.rows, power, jnp.inf)
     maps = jnp.exp2(_scores(sizes, keep["key"][kv], query) - power)
     score_grad = maps * (_dot(keep["value"][kv], grad) - row)
     return query, grad, maps.astype(grad.dtype), score_grad.astype(query.dtype)
@@ -366,18 +383,15 @@ def _keys_kernel(sizes, index, blocks, out, keep):
             _transpose_heads(blocks[name], keep[name], j, sizes.S)
             keep[f"{name}_grad"][...] = jnp.zeros(keep[f"{name}_grad"].shape, jnp.float32)
 
-    def gradients(n, kv):
+    def head(n, kv):
         query, grad, maps, score_grad = _maps(sizes, blocks, keep, n, kv, i)
-        grads = _dot(query, score_grad, transposed=True), _dot(grad, maps, transposed=True)
-        return *grads, _dot(blocks["key"][0, kv], score_grad) if "query_grad" in out else None
-
-    def add(n, kv, key_grad, value_grad, query_grad):
-        keep["key_grad"][kv] += key_grad
-        keep["value_grad"][kv] += value_grad
+        keep["value_grad"][kv] += _dot(grad, maps, transposed=True)
+        keep["key_grad"][kv] += _dot(query, score_grad, transposed=True)
         if "query_grad" in out:
-            out["query_grad"][0, n] = (query_grad * sizes.H**-0.5).astype(out["query_grad"].dtype)
+            query_grad = _dot(blocks["key"][0, kv], score_grad) * sizes.H**-0.5
+            out["query_grad"][0, n] = query_grad.astype(query.dtype)
 
-    _for_each_head(sizes, index, gradients, add)
+    _for_each_head(sizes, index, head)
 
     @pl.when(i == sizes.blocks[0] - 1)
     def write():
@@ -397,14 +411,11 @@ def _queries_kernel(sizes, index, blocks, out, keep):
     for name in ("key", "value"):
         _transpose_heads(blocks[name], keep[name], j, sizes.S)
 
-    def gradient(n, kv):
+    def head(n, kv):
         score_grad = _maps(sizes, blocks, keep, n, kv, i)[3]
-        return (_dot(_real(blocks["key"][0, kv], j, sizes.S), score_grad),)
+        total[n] += _dot(_real(blocks["key"][0, kv], j, sizes.S), score_grad)
 
-    def add(n, kv, query_grad):
-        total[n] += query_grad
-
-    _for_each_head(sizes, index, gradient, add)
+    _for_each_head(sizes, index, head)
 
     @pl.when(j == sizes.blocks[1] - 1)
     def write():
