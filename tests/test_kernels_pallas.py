@@ -1,5 +1,9 @@
 """The TPU kernel, run operation by operation on a CPU, against the reference in XLA."""
 
+import json
+import subprocess
+import sys
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -32,7 +36,7 @@ def index_of(kind, batch, heads, kv_heads):
     return index if kind == "unsorted" else np.sort(index)
 
 
-def value_and_vjp(query, key, value, cotangent, index, implementation):
+def value_and_vjp(query, key, value, cotangent, index, implementation, jit=helpers.fast_jit):
     """(output, gradients) by the compiled program."""
 
     def both(query, key, value, cotangent, index):
@@ -42,7 +46,7 @@ def value_and_vjp(query, key, value, cotangent, index, implementation):
         out, vjp = jax.vjp(attend, query, key, value)
         return out, vjp(cotangent)
 
-    return helpers.fast_jit(both)(query, key, value, cotangent, index)
+    return jit(both)(query, key, value, cotangent, index)
 
 
 @pytest.mark.parametrize(
@@ -119,17 +123,37 @@ def test_what_it_cannot_serve_is_told_in_one_sentence(monkeypatch, change, messa
     assert "\n" not in str(caught.value)
 
 
-def test_it_is_split_over_a_mesh():
-    """Shapes alone: one device is enough to see that every part of a mesh gets its own images."""
-    devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
-    mesh = jax.sharding.Mesh(devices, sharding.AXES)
-    given = inputs(2, 9, 9, 6, 3, 8)
-    index = jnp.asarray(index_of("example", 2, 6, 3))
+# --- on several devices -------------------------------------------------------------------------
 
-    @sharding.jit_for(mesh)
-    def attend(*given):
-        return grouped_attention(*given, implementation="pallas")
 
-    expected = grouped_attention(*given[:3], index, implementation="xla")
-    helpers.assert_close(attend(*given[:3], index), expected, 1e-5)
-    assert "shard_map" in str(jax.make_jaxpr(attend)(*given[:3], index))
+def differences() -> dict[str, float]:
+    """How far a mesh is from one device, which runs the reference, by the kind of index."""
+    mesh = sharding.make_mesh(model=2)
+    sizes, found = (4, 9, 9, 6, 3, 8), {}
+    for kind in ("equal", "unsorted", "example"):
+        index = index_of(kind, 4, 6, 3)
+        expected = value_and_vjp(*inputs(*sizes), index, "xla")
+        given = [jax.device_put(x, sharding.batch_sharded(mesh)) for x in inputs(*sizes)]
+        ours = value_and_vjp(*given, index, "pallas", sharding.jit_for(mesh))
+        split = jax.NamedSharding(mesh, jax.P("data", None, "model"))
+        assert ours[0].sharding.is_equivalent_to(split, 4), ours[0].sharding
+        found[kind] = helpers.relative_difference(jax.device_get(ours), jax.device_get(expected))
+    return found
+
+
+def test_each_device_of_a_mesh_computes_its_images_and_heads():
+    run = subprocess.run(
+        [sys.executable, __file__],
+        env=helpers.child_environment(4),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert len(found) == 3 and max(found.values()) < 1e-5, found
+
+
+if __name__ == "__main__":
+    pallas.INTERPRET = True
+    print(json.dumps(differences()))

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kdgqa_jax import sharding
+from kdgqa_jax.kernels.mesh import on_each_device
 
 Array = jax.Array
 Ref = Any
@@ -74,21 +75,7 @@ def attention(
     if group_index is None:
         group_index = jnp.arange(query.shape[2]) // (query.shape[2] // key.shape[2])
     group_index = jnp.clip(group_index.astype(jnp.int32), 0, key.shape[2] - 1)
-
-    mesh = jax.sharding.get_abstract_mesh()
-    if not (set(sharding.AXES) <= set(mesh.axis_names) and mesh.are_all_axes_auto):
-        return _attend(query, key, value, group_index)
-    # The partitioner does not look into kernels. Key/value heads are whole on every device, as any
-    # query head may ask for any of them.
-    batch: Any = ("data", "fsdp")
-    batch = batch if query.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-    heads = "model" if query.shape[2] % mesh.shape["model"] == 0 else None
-    whole, split = jax.P(batch), jax.P(batch, None, heads)
-    index = jax.P(heads) if group_index.ndim == 1 else jax.P(batch, heads)
-    attend = jax.shard_map(
-        _attend, in_specs=(split, whole, whole, index), out_specs=split, check_vma=False
-    )
-    return attend(query, key, value, group_index)
+    return on_each_device(_attend, query, key, value, group_index)
 
 
 # --- calls ----------------------------------------------------------------------------------------
@@ -360,14 +347,10 @@ def _maps(sizes, blocks, keep, n, kv, i):
 
     The first two are (H, queries), the last two (keys, queries), all in the dtype of the arrays.
     """
-    query, out, grad = (
-        _real(blocks[name][0, n], i, sizes.T) for name in ("query", "out", "out_grad")
+    query, out, grad, power = (
+        _real(blocks[name][0, n], i, sizes.T) for name in ("query", "out", "out_grad", "power")
     )
     row = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=0, keepdims=True)
-    power = blocks["power"][0, n]
-    if sizes.T % sizes.rows:  # a query that is none has no maps
-        token = jax.lax.broadcasted_iota(jnp.int32, power.shape, 1)
-        power = jnp.where(token < sizes.T - i * sizes.rows, power, jnp.inf)
     maps = jnp.exp2(_scores(sizes, keep["key"][kv], query) - power)
     score_grad = maps * (_dot(keep["value"][kv], grad) - row)
     return query, grad, maps.astype(grad.dtype), score_grad.astype(query.dtype)
