@@ -324,7 +324,8 @@ class GroupedQueryAttention(nn.Module):
             "dropout_rate": dropout_rate,
             "dropout_rng": self.make_rng("dropout") if dropout_rate else None,
             "transform_maps": perturb if perturb and noise.noise_target == "maps" else None,
-            "implementation": config.implementation,
+            # Variables are also made where the kernel does not run.
+            "implementation": None if self.is_initializing() else config.implementation,
             "expansion": config.expansion,
         }
         if self.is_mutable_collection("intermediates") and not self.is_initializing():

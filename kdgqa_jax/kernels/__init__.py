@@ -14,7 +14,7 @@ import jax
 
 from kdgqa_jax import sharding
 from kdgqa_jax.errors import UserError, unknown
-from kdgqa_jax.kernels import chunked, xla
+from kdgqa_jax.kernels import chunked, cudnn, pallas, xla
 from kdgqa_jax.kernels.xla import EXPANSIONS, expand_heads
 
 __all__ = ["EXPANSIONS", "IMPLEMENTATIONS", "PREFERRED", "expand_heads", "grouped_attention"]
@@ -40,12 +40,18 @@ class Implementation:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(xla.attention),  # the reference; the only one that makes maps
     "chunked": Implementation(chunked.attention),  # memory linear in the number of tokens
+    "cudnn": Implementation(cudnn.attention, cudnn.refusal),  # NVIDIA GPUs
+    "pallas": Implementation(pallas.attention, pallas.refusal),  # TPUs: no head is expanded
 }
 """By name. All give the same numbers but for rounding."""
 
+LONG = 2048
+"""Tokens from which on maps in memory cost more than computing them twice."""
 
 PREFERRED: dict[str, tuple[tuple[str, int], ...]] = {
-    "cpu": (("chunked", 4096),),
+    "cpu": (("chunked", LONG),),
+    "gpu": (("cudnn", 0), ("chunked", LONG)),
+    "tpu": (("pallas", 64), ("chunked", LONG)),
 }
 """Platform -> (implementation, from how many key/value tokens S on), the first that serves counts.
 

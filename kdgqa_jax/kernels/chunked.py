@@ -83,7 +83,9 @@ def _loop_over(key: Array, value: Array, mask: Array | None) -> dict[str, Array]
     if count * size > key.shape[1]:
         real = jnp.arange(count * size) < key.shape[1]
         chunks["real"] = real.reshape(count, size)
-    return chunks
+    # Masks come with the rest. Of what is known before the layers of a scan run, JAX would compute
+    # all that follows once, before them: masks of the size of the scores.
+    return jax.lax.optimization_barrier(chunks)
 
 
 def _expanded(x: Array, group_index: Array | None) -> Array:
@@ -134,7 +136,8 @@ def _attend_forward(query, key, value, group_index, mask):
     (top, total, out), _ = jax.lax.scan(add, start, _loop_over(key, value, mask))
     inverse = 1.0 / total
     out = (out * inverse).astype(value.dtype)
-    return out, (query, key, value, group_index, mask, top, inverse, out)
+    # Without their axis of one: TPUs would fill it up to a row of 128 lanes.
+    return out, (query, key, value, group_index, mask, top[..., 0], inverse[..., 0], out)
 
 
 def _of_rows(query: Array, number: float) -> Array:
@@ -142,24 +145,27 @@ def _of_rows(query: Array, number: float) -> Array:
 
 
 def _attend_backward(kept: tuple[Any, ...], out_grad: Array) -> tuple[Array | None, ...]:
-    """With p the maps and o the output, the gradient of a score is p (do . v - do . o)."""
-    # The maximum and the sum are kept apart: their logsumexp loses the sum where all is masked.
+    """As in xla.py; the maps are the exponentials of scores minus `top`, times `inverse`."""
+    # The two are kept apart: their logsumexp would lose the sum where all is masked.
     query, key, value, group_index, mask, top, inverse, out = kept
-    row = jnp.sum(out_grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    top, inverse = top[..., None], inverse[..., None]
+    out_grad = out_grad.astype(jnp.float32) * inverse
+    row = jnp.sum(out_grad * out.astype(jnp.float32), axis=-1, keepdims=True)
+    out_grad = out_grad.astype(value.dtype)
     expand = functools.partial(_expanded, group_index=group_index)
 
     def add(query_grad: Array, chunk: dict[str, Array]) -> tuple[Array, tuple[Array, Array]]:
         (keys, to_key), (values, to_value) = (jax.vjp(expand, chunk[x]) for x in ("key", "value"))
-        maps = jnp.exp(_scores(query, keys, mask, chunk) - top) * inverse
+        exponentials = jnp.exp(_scores(query, keys, mask, chunk) - top)
         grad = jnp.einsum("BKRH,BKCH->BKRC", out_grad, values, preferred_element_type=jnp.float32)
-        grad = (grad - row) * maps * query.shape[-1] ** -0.5
-        if mask is not None:  # a row without any token has maps that no score moves
+        grad = (grad - row) * exponentials * query.shape[-1] ** -0.5
+        if mask is not None:  # a row without any token has exponentials that no score moves
             grad = jnp.where(chunk.get("mask", mask), grad, 0.0)
         grad = grad.astype(query.dtype)
         query_grad += jnp.einsum("BKRC,BKCH->BKRH", grad, keys, preferred_element_type=jnp.float32)
         (key_grad,) = to_key(jnp.einsum("BKRC,BKRH->BKCH", grad, query))
-        maps = maps.astype(value.dtype)
-        (value_grad,) = to_value(jnp.einsum("BKRC,BKRH->BKCH", maps, out_grad))
+        exponentials = exponentials.astype(value.dtype)
+        (value_grad,) = to_value(jnp.einsum("BKRC,BKRH->BKCH", exponentials, out_grad))
         return query_grad, (key_grad, value_grad)
 
     start = jnp.zeros(query.shape, jnp.float32)
