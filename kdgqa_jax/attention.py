@@ -177,7 +177,7 @@ class AttentionConfig:
         if self.head_width is not None:
             return self.head_width
         if width % self.num_heads:
-            raise UserError(f"width {width} is not a multiple of {self.num_heads} query heads")
+            raise UserError(f"width {width} is not a multiple of the {self.num_heads} query heads")
         return width // self.num_heads
 
     @property

@@ -386,7 +386,7 @@ def test_importing_the_package_is_light():
         ("mu/2", {"kernel_init": None}, "unknown model option 'kernel_init'"),
         ("mu/2", {"attention": "kdgpa"}, "variant 'kdgpa': did you mean 'kdgqa'"),
         ("mu/2", {"attention": "gqa", "num_kv_heads": 3}, "does not divide the 8 query heads"),
-        ("mu/2", {"width": 100}, "width 100 is not a multiple of 8 query heads"),
+        ("mu/2", {"width": 100}, "width 100 is not a multiple of the 8 query heads"),
         ("mu/2", {"pool": "mean"}, "unknown pool 'mean': .*valid: token, avg"),
         ("mu/2", {"remat": "ful"}, "unknown remat 'ful': did you mean 'full'"),
         ("mu/4", {"image_size": 30}, r"size \(30, 30\) must be positive multiples .* size 4"),
