@@ -186,14 +186,18 @@ def run_predict(arguments: argparse.Namespace) -> None:
     from kdgqa_jax import predict
     from kdgqa_jax.console import say, table
 
-    if arguments.out:
-        predict.check_output(arguments.out)
+    out, features = arguments.out, arguments.features
+    predict.check_output(out, features)
     names, predictions, classes = predict.predict_files(
-        arguments.checkpoint, arguments.images, arguments.batch_size
+        arguments.checkpoint,
+        arguments.images,
+        arguments.batch_size,
+        features,
+        needs_classes=not out or not out.endswith(".npy"),
     )
-    if arguments.out:
-        predict.write(arguments.out, names, predictions, classes, arguments.top)
-        say(f"{len(names)} images, written: {arguments.out}")
+    if out:
+        predict.write(out, names, predictions, classes, arguments.top)
+        say(f"{len(names)} images, written: {out}")
     else:
         top = predict.top_classes(predictions.logits, classes, arguments.top)
         rows = [

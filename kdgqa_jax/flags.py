@@ -224,7 +224,16 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         help="a .npy (float32 NHWC), or files and folders",
     )
     parser.add_argument(
-        "--out", type=PATH, help=".npy (logits), .csv or .json (top classes); none: a table"
+        "--out",
+        type=PATH,
+        help=".npy (logits or features), .csv or .json (top classes); none: a table",
+    )
+    parser.add_argument(
+        "--features",
+        nargs="?",
+        choices=["pooled", "tokens"],
+        const="pooled",
+        help="write these instead of logits; alone: pooled",
     )
     parser.add_argument("--top", type=POSITIVE, default=5, help="how many classes")
     parser.add_argument("--batch-size", type=POSITIVE, default=256, help="images per batch")
