@@ -181,6 +181,32 @@ def _calibration(
     return CalibrationImages(*place, seed=arguments.seed)
 
 
+def run_merge_encoder(arguments: argparse.Namespace) -> None:
+    """Write an encoder's directory with fewer key/value heads."""
+    from kdgqa_jax import convert, workdir
+    from kdgqa_jax.console import say, table
+    from kdgqa_jax.convert import merging_encoder
+
+    workdir.check_new(arguments.out)
+    given = flags.given(arguments, flags.ENCODER_OPTIONS)
+    if given and not arguments.calibration:
+        raise UserError(f"{', '.join(given)} need --calibration (a .txt or .npy file)")
+    merged = convert.merge_encoder(
+        arguments.source,
+        arguments.num_kv_heads,
+        arguments.pooling,
+        arguments.calibration,
+        count=arguments.calibration_inputs,
+        seed=arguments.seed,
+    )
+    merged.save(arguments.out)
+    if rows := merged.rows():
+        table(merging_encoder.HEADER, rows, numbers=True)
+    for note in merged.notes:
+        say(note)
+    say(f"written: {arguments.out}")
+
+
 def run_predict(arguments: argparse.Namespace) -> None:
     """Predictions of images, as a table or a file."""
     from kdgqa_jax import predict

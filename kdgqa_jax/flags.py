@@ -175,6 +175,12 @@ SUGGESTION_OPTIONS: dict[str, dict] = {
 }
 """What `kdgqa inspect` takes beside --suggest-kv-heads."""
 
+ENCODER_OPTIONS: dict[str, dict] = {
+    "calibration_inputs": {"type": POSITIVE, "default": 512, "help": "how many of them"},
+    "seed": {"type": SEED, "default": 0, "help": "of the choice of inputs"},
+}
+"""What `kdgqa merge-encoder` takes beside --calibration."""
+
 _NAMES = {"metavar": "NAME", "nargs": "+", "default": []}
 CONVERT_OPTIONS: dict[str, dict] = {
     "attention": {"help": "variant; none: that of the source"},
@@ -205,6 +211,22 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", help="write a file instead: safetensors or released")
     _add_options(parser, {**CONVERT_OPTIONS, **CALIBRATION_OPTIONS})
+
+
+def add_merge_encoder(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa merge-encoder`."""
+    parser.add_argument(
+        "--source", type=PATH, required=True, help="directory that transformers has written"
+    )
+    parser.add_argument("--num-kv-heads", type=POSITIVE, required=True, help="key/value heads")
+    parser.add_argument("--out", type=PATH, required=True, help="directory to write")
+    parser.add_argument("--pooling", default="svd", help="svd, procrustes or mean")
+    parser.add_argument(
+        "--calibration",
+        type=PATH,
+        help="to merge by: .txt (a text in each line) or .npy (token ids, or features)",
+    )
+    _add_options(parser, ENCODER_OPTIONS)
 
 
 def _add_options(parser: argparse.ArgumentParser, options: dict[str, dict]) -> None:

@@ -11,6 +11,9 @@ makes fewer key/value heads: pooling.py pools them, merging.py (merging_vit.py a
 with less loss, by a rule of merging_rules.py and moments.py that calibration.py gathers, and
 refitting.py lets the output projections follow. loading.py puts all together, and exporting.py goes
 back to PyTorch names.
+
+Encoders of transformers: encoders.py is the table of them, encoder_forward.py computes them,
+encoder_inputs.py makes what they take, merging_encoder.py merges their heads.
 """
 
 from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed
@@ -20,6 +23,7 @@ from kdgqa_jax.convert.exporting import export, to_pytorch
 from kdgqa_jax.convert.heads import Grouped, group_heads
 from kdgqa_jax.convert.loading import Converted, load
 from kdgqa_jax.convert.merging import Merged, balance_heads, merge_heads
+from kdgqa_jax.convert.merging_encoder import MergedEncoder, merge_encoder
 from kdgqa_jax.convert.merging_rules import MERGING
 from kdgqa_jax.convert.merging_vit import to_merged
 from kdgqa_jax.convert.moments import InputMoments, data_free_moments
@@ -36,6 +40,7 @@ __all__ = [
     "Grouped",
     "InputMoments",
     "Merged",
+    "MergedEncoder",
     "adapt_input_channels",
     "balance_heads",
     "data_free_moments",
@@ -43,6 +48,7 @@ __all__ = [
     "gather_moments",
     "group_heads",
     "load",
+    "merge_encoder",
     "merge_heads",
     "pool_heads",
     "refit_output",
