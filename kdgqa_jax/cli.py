@@ -65,6 +65,11 @@ COMMANDS: dict[str, Command] = {
         flags.add_convert,
         commands.run_convert,
     ),
+    "merge-encoder": Command(
+        "a text or audio encoder of transformers with fewer key/value heads",
+        flags.add_merge_encoder,
+        commands.run_merge_encoder,
+    ),
     "evaluate": Command(
         "accuracy and calibration on a data set", flags.add_evaluate, commands.run_evaluate
     ),

@@ -202,19 +202,49 @@ def _calibration(
     return CalibrationImages(*place, seed=arguments.seed)
 
 
+def run_merge_encoder(arguments: argparse.Namespace) -> None:
+    """Write an encoder's directory with fewer key/value heads."""
+    from kdgqa_jax import convert, workdir
+    from kdgqa_jax.console import say, table
+    from kdgqa_jax.convert import merging_encoder
+
+    workdir.check_new(arguments.out)
+    given = flags.given(arguments, flags.ENCODER_OPTIONS)
+    if given and not arguments.calibration:
+        raise UserError(f"{', '.join(given)} need --calibration (a .txt or .npy file)")
+    merged = convert.merge_encoder(
+        arguments.source,
+        arguments.num_kv_heads,
+        arguments.pooling,
+        arguments.calibration,
+        count=arguments.calibration_inputs,
+        seed=arguments.seed,
+    )
+    merged.save(arguments.out)
+    if rows := merged.rows():
+        table(merging_encoder.HEADER, rows, numbers=True)
+    for note in merged.notes:
+        say(note)
+    say(f"written: {arguments.out}")
+
+
 def run_predict(arguments: argparse.Namespace) -> None:
     """Predictions of images, as a table or a file."""
     from kdgqa_jax import predict
     from kdgqa_jax.console import say, table
 
-    if arguments.out:
-        predict.check_output(arguments.out)
+    out, features = arguments.out, arguments.features
+    predict.check_output(out, features)
     names, predictions, classes = predict.predict_files(
-        arguments.checkpoint, arguments.images, arguments.batch_size
+        arguments.checkpoint,
+        arguments.images,
+        arguments.batch_size,
+        features,
+        needs_classes=not out or not out.endswith(".npy"),
     )
-    if arguments.out:
-        predict.write(arguments.out, names, predictions, classes, arguments.top)
-        say(f"{len(names)} images, written: {arguments.out}")
+    if out:
+        predict.write(out, names, predictions, classes, arguments.top)
+        say(f"{len(names)} images, written: {out}")
     else:
         top = predict.top_classes(predictions.logits, classes, arguments.top)
         rows = [

@@ -200,6 +200,12 @@ SUGGESTION_OPTIONS: dict[str, dict] = {
 }
 """What `kdgqa inspect` takes beside --suggest-kv-heads."""
 
+ENCODER_OPTIONS: dict[str, dict] = {
+    "calibration_inputs": {"type": POSITIVE, "default": 512, "help": "how many of them"},
+    "seed": {"type": SEED, "default": 0, "help": "of the choice of inputs"},
+}
+"""What `kdgqa merge-encoder` takes beside --calibration."""
+
 _NAMES = {"metavar": "NAME", "nargs": "+", "default": []}
 CONVERT_OPTIONS: dict[str, dict] = {
     "attention": {"help": "variant; none: that of the source"},
@@ -232,6 +238,22 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     _add_options(parser, {**CONVERT_OPTIONS, **CALIBRATION_OPTIONS})
 
 
+def add_merge_encoder(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa merge-encoder`."""
+    parser.add_argument(
+        "--source", type=PATH, required=True, help="directory that transformers has written"
+    )
+    parser.add_argument("--num-kv-heads", type=POSITIVE, required=True, help="key/value heads")
+    parser.add_argument("--out", type=PATH, required=True, help="directory to write")
+    parser.add_argument("--pooling", default="svd", help="svd, procrustes or mean")
+    parser.add_argument(
+        "--calibration",
+        type=PATH,
+        help="to merge by: .txt (a text in each line) or .npy (token ids, or features)",
+    )
+    _add_options(parser, ENCODER_OPTIONS)
+
+
 def _add_options(parser: argparse.ArgumentParser, options: dict[str, dict]) -> None:
     for name, settings in options.items():
         metavar = {} if "action" in settings else {"metavar": name.split("_")[-1].upper()}
@@ -249,7 +271,16 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         help="a .npy (float32 NHWC), or files and folders",
     )
     parser.add_argument(
-        "--out", type=PATH, help=".npy (logits), .csv or .json (top classes); none: a table"
+        "--out",
+        type=PATH,
+        help=".npy (logits or features), .csv or .json (top classes); none: a table",
+    )
+    parser.add_argument(
+        "--features",
+        nargs="?",
+        choices=["pooled", "tokens"],
+        const="pooled",
+        help="write these instead of logits; alone: pooled",
     )
     parser.add_argument("--top", type=POSITIVE, default=5, help="how many classes")
     parser.add_argument("--batch-size", type=POSITIVE, default=256, help="images per batch")

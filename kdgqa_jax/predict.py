@@ -1,11 +1,11 @@
-"""Predictions of a model directory: logits of arrays, top classes of image files."""
+"""Predictions of a model directory: logits or features of arrays, top classes of image files."""
 
 import csv
 import io
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -15,23 +15,59 @@ import numpy as np
 
 from kdgqa_jax import checkpoint, layers, paths, vit, workdir
 from kdgqa_jax.data import images as image_files
-from kdgqa_jax.errors import UserError, one_line
+from kdgqa_jax.errors import UserError, one_line, unknown
 
 Array = jax.Array
+
+
+# --- predicting ---------------------------------------------------------------------------------
+
+
+def _tokens(model: vit.VisionTransformer, images: Array, mask: Array | None = None) -> Array:
+    return model.features(images, mask=mask).astype(jnp.float32)
+
+
+def _pooled(model: vit.VisionTransformer, images: Array, mask: Array | None = None) -> Array:
+    return model.pooled(model.features(images, mask=mask)).astype(jnp.float32)
+
+
+FEATURES: dict[str, Callable[..., Array]] = {
+    "pooled": _pooled,
+    "tokens": _tokens,
+}
+"""What can be asked for in place of logits, float32.
+
+Pooled (n, D): what the class head gets (or the layer `pre_logits` before it). Tokens (n, T, D): all
+of them after the last block, and after the final norm where that is theirs.
+"""
 
 
 @flax.struct.dataclass
 class Predictions:
     """n images; L layers, K key/value heads."""
 
-    logits: np.ndarray  # (n, num_classes) float32
+    # float32: logits (n, num_classes); of a model without a head pooled features (n, D); or what
+    # was asked for in `FEATURES`.
+    output: np.ndarray
     # Query heads per key/value head: (batches, L, K) int32, or (n, L, K) in example scope.
     allocation: np.ndarray
 
+    @property
+    def logits(self) -> np.ndarray:
+        """The output, where nothing else was asked for."""
+        return self.output
 
-def _step(model: vit.VisionTransformer, variables: dict[str, Any], images: Array, mask: Array):
-    logits, collections = vit.apply_in_evaluation(model, variables, images, mask)
-    return logits, layers.grouping_of(collections)["allocation"]
+
+def _step(
+    model: vit.VisionTransformer,
+    features: str | None,
+    variables: dict[str, Any],
+    images: Array,
+    mask: Array,
+):
+    method = FEATURES[features] if features else None
+    output, collections = vit.apply_in_evaluation(model, variables, images, mask, method=method)
+    return output, layers.grouping_of(collections)["allocation"]
 
 
 def predict_batches(
@@ -39,6 +75,7 @@ def predict_batches(
     variables: dict[str, Any],
     batches: Iterable[np.ndarray],
     batch_size: int,
+    features: str | None = None,
 ) -> Predictions:
     """Predictions for batches of at most `batch_size` images; one compilation.
 
@@ -50,18 +87,24 @@ def predict_batches(
       variables: {"params": ..., and for DGQA "norm_stats": ...}.
       batches: (n, height, width, channels) float32 each, normalised.
       batch_size: the largest n.
+      features: a name in `FEATURES`; None: logits, or what a model without a head gives.
+
+    Raises:
+      UserError: an unknown name.
     """
-    step = jax.jit(_step, static_argnums=0)
-    logits, allocations = [], []
+    if features is not None and features not in FEATURES:
+        raise unknown("features", features, FEATURES)
+    step = jax.jit(_step, static_argnums=(0, 1))
+    outputs, allocations = [], []
     for images in batches:
         count = len(images)
         padded = np.pad(images, [(0, batch_size - count)] + [(0, 0)] * (images.ndim - 1))
         found, allocation = jax.device_get(
-            step(model, variables, jnp.asarray(padded), jnp.arange(batch_size) < count)
+            step(model, features, variables, jnp.asarray(padded), jnp.arange(batch_size) < count)
         )
-        logits.append(found[:count])
+        outputs.append(found[:count])
         allocations += layers.allocations_by_batch(allocation, count)
-    return Predictions(np.concatenate(logits), np.stack(allocations))
+    return Predictions(np.concatenate(outputs), np.stack(allocations))
 
 
 def predict_array(
@@ -69,17 +112,19 @@ def predict_array(
     variables: dict[str, Any],
     images: np.ndarray,
     batch_size: int = 256,
+    features: str | None = None,
 ) -> Predictions:
     """Predictions for (n, height, width, channels) float32 images, normalised; n at least 1.
 
-    Raises UserError: no images, or some that are not finite.
+    `features` as for `predict_batches`. Raises UserError: no images, some that are not finite, or
+    unknown features.
     """
     if not len(images):
         raise UserError("there are no images to predict: the array is empty")
     _check_finite(images)
     batch_size = min(batch_size, len(images))
     batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
-    return predict_batches(model, variables, batches, batch_size)
+    return predict_batches(model, variables, batches, batch_size, features)
 
 
 def _check_finite(images: np.ndarray) -> None:
@@ -120,6 +165,8 @@ def predict_files(
     directory: str | os.PathLike,
     places: Sequence[str | os.PathLike],
     batch_size: int = 256,
+    features: str | None = None,
+    needs_classes: bool = False,
 ) -> tuple[list[str], Predictions, list[str]]:
     """(names of the images, predictions, class names) for a .npy file, or image files and folders.
 
@@ -128,21 +175,25 @@ def predict_files(
       places: one .npy file of normalised float32 NHWC images, or image files and folders, which are
         prepared as the model directory says.
       batch_size: images per batch.
+      features: as for `predict_batches`.
+      needs_classes: refuse a model without a class head, before any image is read.
 
     Raises:
-      UserError: no model there, or images that cannot be read or do not fit.
+      UserError: no model there, images that cannot be read or do not fit, unknown features.
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} must be at least 1")
     model, variables, description = checkpoint.load_model(directory)
     channels, classes = description["channels"], description["class_names"]
+    if needs_classes:
+        _check_classes(classes)
     first = pathlib.Path(places[0])
     if first.suffix.lower() == ".npy":
         if len(places) > 1:
             raise UserError("give one .npy file, or image files and folders")
         images = read_array(first, model, channels)
         names = [str(i) for i in range(len(images))]
-        return names, predict_array(model, variables, images, batch_size), classes
+        return names, predict_array(model, variables, images, batch_size, features), classes
 
     paths = image_files.find(places)
     preprocessing = image_files.Preprocessing(**description["preprocessing"])
@@ -155,16 +206,24 @@ def predict_files(
             ]
             yield preprocessing.normalise(np.stack(pixels))
 
-    predictions = predict_batches(model, variables, batches(), min(batch_size, len(paths)))
+    batch_size = min(batch_size, len(paths))
+    predictions = predict_batches(model, variables, batches(), batch_size, features)
     return [str(path) for path in paths], predictions, classes
+
+
+# --- telling what was found ---------------------------------------------------------------------
+
+
+def _check_classes(class_names: Sequence[str]) -> None:
+    if not class_names:
+        raise UserError("the model has no class head; --out FILE.npy writes its features")
 
 
 def top_classes(
     logits: np.ndarray, class_names: Sequence[str], count: int = 5
 ) -> list[list[tuple[str, float]]]:
     """For each image its `count` most probable classes and their probabilities, best first."""
-    if not class_names:
-        raise UserError("the model has no class head; --out FILE.npy writes its features")
+    _check_classes(class_names)
     if count < 1:
         raise UserError(f"top {count} classes were asked for; expected at least 1")
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -193,28 +252,29 @@ def write(
     class_names: Sequence[str],
     top: int = 5,
 ) -> None:
-    """Write .npy (logits, float32), .csv or .json (top classes); whole or not at all.
+    """Write .npy (the output, float32), .csv or .json (top classes); whole or not at all.
 
     Raises UserError: another kind of file, or it cannot be written.
     """
     check_output(path)
     path = pathlib.Path(path)
     with workdir.written_file(path) as temporary:
-        content = _WRITERS[path.suffix](names, predictions.logits, class_names, top)
-        temporary.write_bytes(content)
+        if path.suffix == ".npy":
+            with temporary.open("wb") as file:
+                np.save(file, predictions.output)
+        else:
+            content = _WRITERS[path.suffix](names, predictions.logits, class_names, top)
+            temporary.write_bytes(content)
 
 
-def check_output(path: str | os.PathLike) -> None:
-    """Raise UserError for a kind of file that `write` does not know."""
-    suffix = paths.local(path).suffix
-    if suffix not in _WRITERS:
-        raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(_WRITERS)}")
-
-
-def _npy(names: Sequence[str], logits: np.ndarray, class_names: Any, top: int) -> bytes:
-    file = io.BytesIO()
-    np.save(file, logits)
-    return file.getvalue()
+def check_output(path: str | os.PathLike | None, features: str | None = None) -> None:
+    """Raise UserError for a kind of file that cannot hold what is asked for; None: no file."""
+    suffix = paths.local(path).suffix if path else None
+    if features and suffix != ".npy":
+        raise UserError("features are arrays of numbers: --features needs --out FILE.npy")
+    if path and suffix not in (".npy", *_WRITERS):
+        known = ", ".join((".npy", *_WRITERS))
+        raise UserError(f"{path}: unknown kind of file; expected one of {known}")
 
 
 def _csv(names: Sequence[str], logits: np.ndarray, class_names: Any, top: int) -> bytes:
@@ -234,4 +294,4 @@ def _json(names: Sequence[str], logits: np.ndarray, class_names: Any, top: int) 
     return (json.dumps(records, indent=2) + "\n").encode()
 
 
-_WRITERS = {".npy": _npy, ".csv": _csv, ".json": _json}
+_WRITERS = {".csv": _csv, ".json": _json}

@@ -4,7 +4,7 @@ Layers are stacked or not as `scan_layers` has it; where that is None, as the pl
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -93,6 +93,7 @@ def apply_in_evaluation(
     images: Array,
     mask: Array | None = None,
     collect: Sequence[str] = (),
+    method: Callable[..., Array] | None = None,
 ) -> tuple[Array, dict[str, Any]]:
     """(logits, collections "grouping" and `collect`): the one way in which models are evaluated.
 
@@ -102,12 +103,14 @@ def apply_in_evaluation(
       images: (B, height, width, channels) float, normalised.
       mask: (B,) bool, False for padded images.
       collect: further collections that the layers write.
+      method: (model, images, mask) -> what is returned in place of logits.
     """
     return apply(
         model,
         variables,
         images,
         mask=mask,
+        method=method,
         mutable=["grouping", *collect],
         rngs={"noise": jax.random.key(0)},  # for pgqa with noise_at_eval only
     )

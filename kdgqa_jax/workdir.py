@@ -200,7 +200,8 @@ def written_whole(path: pathlib.Path):
         try:
             yield partial
             for file in partial.iterdir():
-                _open_to_others(file)
+                if file.is_file():
+                    _open_to_others(file)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(partial, path)

@@ -77,7 +77,7 @@ def naive_key_error(x, before, after):
             k = helpers.project(x, attention, "key")
             k = k[:, :, n * k.shape[2] // N]
             k = np.concatenate([keys - keys.mean(0) for keys in k])
-            q = helpers.project(x, attention, "query")[:, :, n].reshape(-1, H)
+            q = helpers.project(x, attention, "query")[:, :, n].reshape(-1, k.shape[-1])
             products.append(q @ k.T)
         errors.append(np.mean((products[0] - products[1]) ** 2))
     return np.array(errors)
@@ -90,7 +90,7 @@ def naive_value_errors(x, before, after):
         added = []
         for attention in (before, after):
             v = helpers.project(x, attention, "value")
-            v = v[:, :, n * v.shape[2] // N].reshape(-1, H)
+            v = v[:, :, n * v.shape[2] // N].reshape(-1, v.shape[-1])
             added.append(v @ np.asarray(attention["out"]["kernel"], np.float64)[n])
         errors.append(added[0] - added[1])
     return np.array(errors)

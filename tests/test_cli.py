@@ -254,6 +254,7 @@ NEEDED = {
     "convert": ["--source=a", "--out=b"],
     "predict": ["--checkpoint=a", "--images=b"],
     "inspect": ["--checkpoint=a"],
+    "merge-encoder": ["--source=a", "--num-kv-heads=2", "--out=b"],
     "evaluate": ["--checkpoint=a", "--dataset=digits"],
     "prepare": ["--dataset=digits"],
     "compile": ["--config=testing", "--topology=v5e:2x2"],

@@ -17,7 +17,7 @@ from merging_helpers import (
 from PIL import Image
 
 from kdgqa_jax import checkpoint, cli, convert, layers
-from kdgqa_jax.convert import calibration, merging
+from kdgqa_jax.convert import calibration, merging_vit
 from kdgqa_jax.data import sources
 from kdgqa_jax.data.images import Preprocessing
 from kdgqa_jax.errors import UserError
@@ -212,11 +212,11 @@ def test_a_source_with_an_allocation_of_its_own(tmp_path):
     for i, allocation in enumerate(allocations):
         variables["norm_stats"][f"blocks_{i}"]["attn"]["allocation"] = allocation.astype(np.int32)
     params, images = variables["params"], helpers.images(5)
-    expanded = merging.one_per_query_head(params, allocations)
+    expanded = merging_vit.one_per_query_head(params, allocations)
     expected = helpers.apply(model, variables, images)
     logits = helpers.naive_vit(images, expanded, np.arange(N), patch=4)
     helpers.assert_close(logits, expected, 1e-4)
-    stacked = merging.one_per_query_head(layers.stack_layers(params), allocations)
+    stacked = merging_vit.one_per_query_head(layers.stack_layers(params), allocations)
     helpers.assert_close(layers.unstack_layers(stacked), expanded, 0)
 
     path = save_model(tmp_path, variables, "dgqa_diff", num_kv_heads=3)

@@ -7,9 +7,13 @@
 files.py reads what is at a place, formats.py the arrays in a file, layouts.py knows what each
 framework calls them, stated.py and timm_config.py what is said beside them, preprocessing.py how
 images were prepared. inference.py finds out the architecture, adapt.py changes sizes. heads.py
-makes fewer key/value heads: pooling.py pools them, merging.py does so with less loss, by moments.py
-that calibration.py gathers, and refitting.py lets the output projections follow. loading.py puts
-all together, and exporting.py goes back to PyTorch names.
+makes fewer key/value heads: pooling.py pools them, merging.py (merging_vit.py all layers) does so
+with less loss, by a rule of merging_rules.py and moments.py that calibration.py gathers, and
+refitting.py lets the output projections follow. loading.py puts all together, and exporting.py goes
+back to PyTorch names.
+
+Encoders of transformers: encoders.py is the table of them, encoder_forward.py computes them,
+encoder_inputs.py makes what they take, merging_encoder.py merges their heads.
 """
 
 from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed
@@ -18,13 +22,10 @@ from kdgqa_jax.convert.calibration_images import CalibrationImages
 from kdgqa_jax.convert.exporting import export, to_pytorch
 from kdgqa_jax.convert.heads import Grouped, group_heads
 from kdgqa_jax.convert.loading import Converted, load
-from kdgqa_jax.convert.merging import (
-    MERGING,
-    Merged,
-    balance_heads,
-    merge_heads,
-    to_merged,
-)
+from kdgqa_jax.convert.merging import Merged, balance_heads, merge_heads
+from kdgqa_jax.convert.merging_encoder import MergedEncoder, merge_encoder
+from kdgqa_jax.convert.merging_rules import MERGING
+from kdgqa_jax.convert.merging_vit import to_merged
 from kdgqa_jax.convert.moments import InputMoments, data_free_moments
 from kdgqa_jax.convert.pooling import POOLING, pool_heads, to_grouped
 from kdgqa_jax.convert.refitting import refit_output, refit_outputs
@@ -39,6 +40,7 @@ __all__ = [
     "Grouped",
     "InputMoments",
     "Merged",
+    "MergedEncoder",
     "adapt_input_channels",
     "balance_heads",
     "data_free_moments",
@@ -46,6 +48,7 @@ __all__ = [
     "gather_moments",
     "group_heads",
     "load",
+    "merge_encoder",
     "merge_heads",
     "pool_heads",
     "refit_output",

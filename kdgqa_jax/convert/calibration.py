@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdgqa_jax import layers, sharding, vit
-from kdgqa_jax.convert.moments import InputMoments
+from kdgqa_jax.convert.moments import InputMoments, data_free_by_layer
 from kdgqa_jax.errors import UserError
 
 Array = jax.Array
@@ -65,10 +65,10 @@ def gather_moments(
 ) -> dict[str, InputMoments]:
     """Moments of the input of every attention layer, in one pass over some images.
 
-    A batch is summed in float32 on the device. What is summed are products of centred, normalised
-    tokens, so nothing cancels: the rounding came to 3e-7 of the largest eigenvalue (D = 1024, 6,304
-    tokens), where `merging` has its floor and ridge. Batches, and all that depends on means, are
-    summed in float64 on the host, so that more images make nothing worse.
+    A batch is summed in float32 on the device. What is summed are products of centred tokens, so
+    nothing cancels: of normalised ones, the rounding came to 3e-7 of the largest eigenvalue (D =
+    1024, 6,304 tokens), where `merging` has its floor and ridge. Batches, and all that depends on
+    means, are summed in float64 on the host, so that more images make nothing worse.
 
     Args:
       model: any variant, layers scanned or not.
@@ -124,3 +124,23 @@ def padded_batches(
             "mask": np.arange(batch_size) < len(chunk),
         }
         yield sharding.put_batch(batch, mesh)
+
+
+def layer_moments(
+    model: vit.VisionTransformer, variables: dict[str, Any], images: np.ndarray | None
+) -> dict[str, InputMoments]:
+    """Moments of the input of every attention layer by name: of images, or without data.
+
+    Arguments and errors are those of `gather_moments`.
+
+    Raises:
+      UserError: there are no images, and nothing normalises what attention sees.
+    """
+    if images is not None:
+        return gather_moments(model, variables, images)
+    if model.block.block == "post_norm":
+        raise UserError(
+            "blocks of post_norm do not normalise what attention sees, so that norms tell nothing"
+            " about it; give calibration images (--calibration), or pool the heads (--pooling mean)"
+        )
+    return data_free_by_layer(layers.unstack_layers(variables["params"]))

@@ -11,10 +11,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kdgqa_jax import analysis, layers, vit
-from kdgqa_jax.convert.calibration import gather_moments
-from kdgqa_jax.convert.merging import MERGING, Merged, one_per_query_head, to_merged
+from kdgqa_jax.convert.calibration import layer_moments
+from kdgqa_jax.convert.merging import Merged, not_linear
+from kdgqa_jax.convert.merging_rules import MERGING
+from kdgqa_jax.convert.merging_vit import one_per_query_head, to_merged
 from kdgqa_jax.convert.pooling import POOLING, check_groups, to_grouped
-from kdgqa_jax.convert.refitting import refit_outputs
+from kdgqa_jax.convert.refitting import FOLLOWED, refit_outputs
 from kdgqa_jax.errors import UserError, unknown
 
 
@@ -27,7 +29,8 @@ class Grouped:
       how: what was done to the projections, by name ("query", "key", "value", "out").
       notes: sentences of the report.
       warnings: sentences that should be seen.
-      energy_kept: of merged heads by layer: {"keys": K shares, "values": K shares}.
+      energy_kept: of merged heads by layer: {"keys": K shares, "values": K shares}; what was not
+        merged has none.
     """
 
     params: dict[str, Any]
@@ -77,8 +80,8 @@ def group_heads(
       refit: `refit_outputs` afterwards.
 
     Raises:
-      UserError: K does not divide the number of heads, numbers too large for the dtype, or what
-        `check_pooling` says.
+      UserError: K does not divide the number of heads, numbers too large for the dtype, a kind of
+        block that cannot be merged so, or what `check_pooling` says.
     """
     check_pooling(pooling, images is not None, refit)
     have, want = before.attention.num_kv_heads, after.attention.num_kv_heads
@@ -112,17 +115,24 @@ def _merge(
             f"the query heads of a {before.attention.variant} model go to other key/value"
             f" heads from batch to batch; {rule} takes them as equal groups"
         )
-    moments, by = None, "without data, by weights and norm scales"
+    by = "without data, by weights and norm scales"
     if images is not None:
-        moments = gather_moments(before, variables, images)
         by = f"calibrated with {len(images)} images"
+    moments = layer_moments(before, variables, images)
     grouped.params, merged = to_merged(params, want, moments, rule)
-    grouped.how = {
-        **dict.fromkeys(("key", "value"), f"merged {have} to {want} heads ({rule})"),
-        **dict.fromkeys(("query", "out"), f"adapted to merged heads ({rule})"),
-    }
+    averaged = not_linear(next(iter(merged.values())).attention)
+    for projection, other in (("key", "query"), ("value", "out")):
+        if projection in averaged:
+            grouped.how[projection] = f"pooled {have} to {want} heads (mean)"
+            grouped.notes.append(
+                f"{projection} heads averaged, not merged: {averaged[projection]} lets no linear"
+                " map through"
+            )
+        else:
+            grouped.how[projection] = f"merged {have} to {want} heads ({rule})"
+            grouped.how[other] = f"adapted to merged heads ({rule})"
     grouped.energy_kept = {
-        name: {"keys": layer.keys_kept.tolist(), "values": layer.values_kept.tolist()}
+        name: {side: kept.tolist() for side, kept in _shares(layer).items()}
         for name, layer in merged.items()
     }
     grouped.notes.append(f"heads merged by {rule}, {by}; {_energy_kept(merged)}")
@@ -150,12 +160,17 @@ def as_equal_groups(
     return one_per_query_head(params, allocations), True
 
 
+def _shares(layer: Merged) -> dict[str, np.ndarray]:
+    """Of the energy kept, (K,) each, of what was merged."""
+    shares = {"keys": layer.keys_kept, "values": layer.values_kept}
+    return {side: kept for side, kept in shares.items() if kept is not None}
+
+
 def _energy_kept(merged: dict[str, Merged]) -> str:
-    layers_kept = [
-        f"{name.removeprefix('blocks_')}: {layer.keys_kept.min():.1%} of keys,"
-        f" {layer.values_kept.min():.1%} of values"
-        for name, layer in merged.items()
-    ]
+    layers_kept = []
+    for name, layer in merged.items():
+        shown = ", ".join(f"{kept.min():.1%} of {side}" for side, kept in _shares(layer).items())
+        layers_kept.append(f"{name.removeprefix('blocks_')}: {shown}")
     return f"energy kept by layer, least over its groups: {'; '.join(layers_kept)}"
 
 
@@ -174,9 +189,10 @@ def _refit(
         f"{name.removeprefix('blocks_')}: {old:.1%} to {new:.1%}"
         for name, (old, new) in missed.items()
     ]
+    what = FOLLOWED[before.block.block].what
     grouped.notes.append(
-        f"output projections refitted with {len(images)} images; share of what attention should add"
-        f" that is missed, by layer: {'; '.join(shares)}"
+        f"output projections refitted with {len(images)} images; share of {what} that is missed, by"
+        f" layer: {'; '.join(shares)}"
     )
 
 

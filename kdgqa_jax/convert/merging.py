@@ -16,98 +16,35 @@ A rule of `MERGING` gives, for each head of a group, an encoder E[g] and a decod
 Queries become R^T q and output rows R^T W_o. `svd` (after arXiv 2406.07056) takes the E and R with
 the least expected squared error of the logits, queries and keys taken as independent, and of each
 head's contribution to the output; the error is what the discarded eigenvalues sum up to.
+
+A norm between the two sides of a product lets no map through: see `NOT_LINEAR`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from kdgqa_jax.convert.moments import InputMoments, data_free_moments
+from kdgqa_jax.convert.merging_rules import MERGING
+from kdgqa_jax.convert.moments import InputMoments
 from kdgqa_jax.convert.pooling import check_groups
 from kdgqa_jax.errors import UserError, unknown
-from kdgqa_jax.layers import stack_layers, unstack_layers
 
 Attention = Mapping[str, Mapping[str, Any]]
 """One layer: "query" (D,N,H), "key" and "value" (D,J,H), "out" (N,H,D), each {"kernel", "bias"}.
 
-Biases (N,H), (J,H), (J,H), (D,); those of query, key and value may be missing.
+Biases (N,H), (J,H), (J,H), (D,); any may be missing. "q_norm", "k_norm" and "norm" are there where
+the layer has those norms; they stay as they are.
 """
 
-FLOOR = 1e-6  # least eigenvalue under a square root, as a share of the largest one
+NOT_LINEAR = {"key": ("q_norm", "qk_norm"), "value": ("norm", "scale_attn_norm")}
+"""By projection: the norm of `Attention` that lets no map through to the other side, and the option
+of models that it comes with. Heads of such a projection are averaged, whatever the rule."""
+
 RIDGE = 1e-6  # isotropic part added to the moments, as a share of the mean eigenvalue of E[x x^T]
-# Moments summed in float32 are known to about that. The floor bounds how much a direction that
-# queries or outputs hardly use is blown up; the ridge has the weights decide about directions that
-# calibration never showed, where rounding errors would.
-
-
-# --- the rules ----------------------------------------------------------------------------------
-
-
-def _symmetric_root(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Square root and its inverse of (..., H, H) positive semidefinite; of zero: zero and zero."""
-    values, vectors = np.linalg.eigh(x)
-    roots = np.sqrt(np.maximum(values, FLOOR * np.maximum(values[..., -1:], 0.0)))
-    inverses = np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0.0)
-
-    def back(diagonal: np.ndarray) -> np.ndarray:
-        return (vectors * diagonal[..., None, :]) @ vectors.swapaxes(-1, -2)
-
-    return back(roots), back(inverses)
-
-
-def _svd(moment: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eckart-Young: the top H eigenvectors of the moment in the metric of the weights."""
-    group, width = moment.shape[:2]
-    root, inverse = _symmetric_root(weight)
-    weighted = np.einsum("gab,gbhc,hcd->gahd", root, moment, root, optimize=True)
-    weighted = weighted.reshape(group * width, group * width)
-    vectors = np.linalg.eigh((weighted + weighted.T) / 2)[1][:, ::-1][:, :width]
-    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], axis=0)
-    vectors = vectors * np.where(largest < 0.0, -1.0, 1.0)  # LAPACK leaves the signs open
-    vectors = vectors.reshape(group, width, width)
-    return root @ vectors, inverse @ vectors
-
-
-def _procrustes(moment: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rotate every head onto the sum of the others, in turns, until nothing gains; then pool.
-
-    It starts by rotating all heads onto the one with the most energy, and each turn raises the sum
-    of products between the heads, so that it ends, and always in the same place.
-    """
-    group, width = moment.shape[:2]
-    reference = int(np.argmax(np.einsum("gaga->g", moment)))
-    blocks = moment.transpose(0, 2, 1, 3)  # g, h, (H, H)
-
-    def rotation(product: np.ndarray) -> tuple[np.ndarray, float]:
-        left, gain, right = np.linalg.svd(product)
-        return left @ right, float(gain.sum())
-
-    rotations = np.stack([rotation(blocks[g, reference])[0] for g in range(group)])
-    rotations[reference] = np.eye(width)
-    before = -np.inf
-    for _ in range(200):
-        gain = 0.0
-        for g in range(group):
-            products = blocks[g] @ rotations
-            rotations[g], more = rotation(products.sum(axis=0) - products[g])
-            gain += more
-        if gain <= before * (1.0 + 1e-9):
-            break
-        before = gain
-    return rotations / group, rotations
-
-
-MERGING: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
-    "svd": _svd,
-    "procrustes": _procrustes,
-}
-"""How the heads of a group are merged: moment and weight -> encoders and decoders (G, H, H).
-
-The moment (G, H, G, H) is E[k[g] k[h]^T] of the centred heads; weight[g] (H, H) is what an error of
-head g costs: E[q q^T] of its queries, or W_o W_o^T of its output rows.
-"""
+# It has the weights decide about directions that calibration never showed, where rounding errors
+# of moments summed in float32 would.
 
 
 # --- one layer ----------------------------------------------------------------------------------
@@ -119,28 +56,38 @@ class Merged:
 
     Energies are expected squares, summed over the query heads of a group: of logits, without what
     is equal in a row and before the division by sqrt H; and of what one token's value adds to the
-    output of the layer, its mean left out.
+    output of the layer, after LayerScale, its mean left out where the output has a bias to hold it.
+    Those of a projection in `NOT_LINEAR` are None, and so is their share.
     """
 
     attention: dict[str, dict[str, np.ndarray]]  # as `Attention`, with K key/value heads; float64
-    key_energy: np.ndarray  # (K,)
-    key_lost: np.ndarray  # (K,) the expected squared error
-    value_energy: np.ndarray  # (K,)
-    value_lost: np.ndarray  # (K,)
+    key_energy: np.ndarray | None  # (K,)
+    key_lost: np.ndarray | None  # (K,) the expected squared error
+    value_energy: np.ndarray | None  # (K,)
+    value_lost: np.ndarray | None  # (K,)
 
     @property
-    def keys_kept(self) -> np.ndarray:
+    def keys_kept(self) -> np.ndarray | None:
         """(K,) share of the energy of logits that is kept; 1 where there is none."""
         return _share_kept(self.key_energy, self.key_lost)
 
     @property
-    def values_kept(self) -> np.ndarray:
+    def values_kept(self) -> np.ndarray | None:
         """(K,) share of the energy of values that is kept; 1 where there is none."""
         return _share_kept(self.value_energy, self.value_lost)
 
 
+def not_linear(attention: Attention) -> dict[str, str]:
+    """The projections of a layer that are averaged, whatever the rule, and the options why."""
+    return {name: option for name, (norm, option) in NOT_LINEAR.items() if norm in attention}
+
+
 def merge_heads(
-    attention: Attention, num_kv_heads: int, moments: InputMoments, rule: str = "svd"
+    attention: Attention,
+    num_kv_heads: int,
+    moments: InputMoments,
+    rule: str = "svd",
+    layer_scale: np.ndarray | None = None,
 ) -> Merged:
     """Merge the key/value heads of one attention layer.
 
@@ -153,13 +100,15 @@ def merge_heads(
       num_kv_heads: K; divides J. K == J changes nothing.
       moments: of the layer's input.
       rule: a name in `MERGING`.
+      layer_scale: (D,) factors on what the output projection gives: they say what an error there
+        costs. None: ones.
 
     Returns:
       The merged layer in float64, balanced as `balance_heads` does, and the energies.
 
     Raises:
       UserError: K does not divide J, an unknown rule, moments that are empty, of another width or
-        not finite.
+        not finite, a layer of which nothing is linear.
     """
     if rule not in MERGING:
         raise unknown("merging rule", rule, MERGING)
@@ -171,50 +120,64 @@ def merge_heads(
     have = layer["key"]["kernel"].shape[1]
     check_groups(have, num_kv_heads)
     _check_moments(moments, model_width)
+    averaged = not_linear(layer)
     seen = _seen(layer, moments)
-    keys, values = _problems(layer, moments, seen)
-    key_energy, value_energy = (p.energy(num_kv_heads) for p in (keys, values))
+    problems = _problems(layer, moments, seen, layer_scale)
+    energy = {n: None if n in averaged else p.energy(num_kv_heads) for n, p in problems.items()}
     if have == num_kv_heads:
-        return Merged(layer, key_energy, np.zeros(have), value_energy, np.zeros(have))
+        lost = {name: None if name in averaged else np.zeros(have) for name in problems}
+        return Merged(layer, energy["key"], lost["key"], energy["value"], lost["value"])
+    if len(averaged) == len(problems):
+        raise UserError(
+            f"{rule} has nothing to merge in layers with {' and '.join(averaged.values())}, whose"
+            " norms let no linear map through; pool the heads: pooling 'mean'"
+        )
 
     ridge = RIDGE * (np.trace(moments.second) / model_width or 1.0)
     ridged = {name: x + ridge * layer[name]["kernel"] for name, x in seen.items()}
-    key_maps, value_maps = (p.solve(num_kv_heads, rule) for p in _problems(layer, moments, ridged))
+    maps = {
+        name: _mean(have, num_kv_heads, width) if name in averaged else p.solve(num_kv_heads, rule)
+        for name, p in _problems(layer, moments, ridged, layer_scale).items()
+    }
 
-    def encoded(projection: Mapping[str, np.ndarray], encoders: np.ndarray) -> dict[str, Any]:
+    def encoded(name: str) -> dict[str, Any]:
         by_group = (num_kv_heads, have // num_kv_heads, width)
         return {
-            leaf: np.einsum("...jh,jhe->...je", x, encoders)
+            leaf: np.einsum("...jh,jhe->...je", x, maps[name][0])
             .reshape(*x.shape[:-2], *by_group)
             .sum(axis=-2)
-            for leaf, x in projection.items()
+            for leaf, x in layer[name].items()
         }
 
     # Queries and output rows take the decoder of the key/value head that served them: (N, H, H).
-    key_back, value_back = (np.repeat(m[1], num_heads // have, 0) for m in (key_maps, value_maps))
-    queries = layer["query"].items()
+    back = {name: np.repeat(decoders, num_heads // have, 0) for name, (_, decoders) in maps.items()}
+    queries, rows = layer["query"].items(), layer["out"]["kernel"]
     merged = {
-        "query": {leaf: np.einsum("...nh,nhe->...ne", x, key_back) for leaf, x in queries},
-        "key": encoded(layer["key"], key_maps[0]),
-        "value": encoded(layer["value"], value_maps[0]),
+        **layer,
+        "query": {leaf: np.einsum("...nh,nhe->...ne", x, back["key"]) for leaf, x in queries},
+        "key": encoded("key"),
+        "value": encoded("value"),
+        "out": {**layer["out"], "kernel": np.einsum("nhe,nhd->ned", back["value"], rows)},
     }
-    mean, shared_mean = (
-        np.repeat(_head_means(x["value"], moments), repeats, axis=0)  # (N, H)
-        for x, repeats in ((layer, num_heads // have), (merged, num_heads // num_kv_heads))
-    )
-    missing = mean - np.einsum("nhe,ne->nh", value_back, shared_mean)
-    rows = layer["out"]["kernel"]
-    merged["out"] = {
-        "kernel": np.einsum("nhe,nhd->ned", value_back, rows),
-        "bias": layer["out"]["bias"] + np.einsum("nh,nhd->d", missing, rows),
+    if "value" not in averaged and "bias" in layer["out"]:
+        mean, shared_mean = (
+            np.repeat(_head_means(x["value"], moments), repeats, axis=0)  # (N, H)
+            for x, repeats in ((layer, num_heads // have), (merged, num_heads // num_kv_heads))
+        )
+        missing = mean - np.einsum("nhe,ne->nh", back["value"], shared_mean)
+        merged["out"]["bias"] = layer["out"]["bias"] + np.einsum("nh,nhd->d", missing, rows)
+    lost = {
+        name: None if name in averaged else p.lost(num_kv_heads, *maps[name])
+        for name, p in problems.items()
     }
-    return Merged(
-        balance_heads(merged),
-        key_energy,
-        keys.lost(num_kv_heads, *key_maps),
-        value_energy,
-        values.lost(num_kv_heads, *value_maps),
-    )
+    balanced = balance_heads(merged)
+    return Merged(balanced, energy["key"], lost["key"], energy["value"], lost["value"])
+
+
+def _mean(have: int, num_kv_heads: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Encoders and decoders (J, H, H) of mean-pooling."""
+    same = np.broadcast_to(np.eye(width), (have, width, width))
+    return same * (num_kv_heads / have), same
 
 
 def balance_heads(attention: Attention) -> dict[str, dict[str, np.ndarray]]:
@@ -223,11 +186,11 @@ def balance_heads(attention: Attention) -> dict[str, dict[str, np.ndarray]]:
     Afterwards the norm of its column in the key kernel is the root mean square of those in the
     kernels of the query heads that it serves, and so for value and output. Weight decay and updates
     of one size for all weights, as Adam makes, then meet what they meet in an ordinary model.
-    Dimensions that are dead on either side stay as they are.
+    Dimensions that are dead on either side stay as they are, and so do projections in `NOT_LINEAR`.
     """
     layer = {name: dict(projection) for name, projection in attention.items()}
     num_heads, num_kv_heads = layer["query"]["kernel"].shape[1], layer["key"]["kernel"].shape[1]
-    group = num_heads // num_kv_heads
+    group, averaged = num_heads // num_kv_heads, not_linear(layer)
 
     def scales(one: np.ndarray, many: np.ndarray) -> np.ndarray:
         """Squared norms (K, H) and (N, H) -> factors (K, H) on the one side."""
@@ -239,30 +202,34 @@ def balance_heads(attention: Attention) -> dict[str, dict[str, np.ndarray]]:
     def squares(name: str, axis: int) -> np.ndarray:
         return np.sum(np.square(layer[name]["kernel"]), axis=axis)
 
-    factor = scales(squares("key", 0), squares("query", 0))
-    layer["key"] = {leaf: x * factor for leaf, x in layer["key"].items()}
-    back = np.repeat(factor, group, axis=0)
-    layer["query"] = {leaf: x / back for leaf, x in layer["query"].items()}
-    factor = scales(squares("value", 0), squares("out", 2))
-    layer["value"] = {leaf: x * factor for leaf, x in layer["value"].items()}
-    back = np.repeat(factor, group, axis=0)
-    layer["out"]["kernel"] = layer["out"]["kernel"] / back[..., None]
+    if "key" not in averaged:
+        factor = scales(squares("key", 0), squares("query", 0))
+        layer["key"] = {leaf: x * factor for leaf, x in layer["key"].items()}
+        back = np.repeat(factor, group, axis=0)
+        layer["query"] = {leaf: x / back for leaf, x in layer["query"].items()}
+    if "value" not in averaged:
+        factor = scales(squares("value", 0), squares("out", 2))
+        layer["value"] = {leaf: x * factor for leaf, x in layer["value"].items()}
+        back = np.repeat(factor, group, axis=0)
+        layer["out"]["kernel"] = layer["out"]["kernel"] / back[..., None]
     return layer
 
 
 @dataclasses.dataclass
 class _Problem:
-    """What to merge: heads whose moment is kernel^T seen, with weight (J, H, H) as in `MERGING`.
+    """What to merge: heads of moment kernel^T seen + mean mean^T, with a weight as in `MERGING`.
 
     Attributes:
       kernel: (D, J, H) of the heads.
       seen: (D, J, H) the moment of the layer's input times the kernel.
       weight: (J, H, H).
+      mean: (J, H) what the moment is not centred about.
     """
 
     kernel: np.ndarray
     seen: np.ndarray
     weight: np.ndarray
+    mean: np.ndarray
 
     def groups(self, num_kv_heads: int, *more: np.ndarray) -> list[tuple[np.ndarray, ...]]:
         """(moment, weight, *more) of each group."""
@@ -270,7 +237,8 @@ class _Problem:
         parts = [slice(i * group, (i + 1) * group) for i in range(num_kv_heads)]
         return [
             (
-                np.tensordot(self.kernel[:, p], self.seen[:, p], (0, 0)),
+                np.tensordot(self.kernel[:, p], self.seen[:, p], (0, 0))
+                + np.multiply.outer(self.mean[p], self.mean[p]),
                 *(x[p] for x in (self.weight, *more)),
             )
             for p in parts
@@ -302,7 +270,9 @@ def _energy(moment: np.ndarray, weight: np.ndarray) -> float:
     return float(np.einsum("gagb,gba->", moment, weight))
 
 
-def _share_kept(energy: np.ndarray, lost: np.ndarray) -> np.ndarray:
+def _share_kept(energy: np.ndarray | None, lost: np.ndarray | None) -> np.ndarray | None:
+    if energy is None:
+        return None
     return 1.0 - np.divide(lost, energy, out=np.zeros_like(lost), where=energy > 0.0)
 
 
@@ -313,11 +283,16 @@ def _seen(layer: Attention, moments: InputMoments) -> dict[str, np.ndarray]:
 
 
 def _problems(
-    layer: Attention, moments: InputMoments, seen: Mapping[str, np.ndarray]
-) -> tuple[_Problem, _Problem]:
-    """Of keys and of values; `seen` as `_seen` gives it."""
+    layer: Attention,
+    moments: InputMoments,
+    seen: Mapping[str, np.ndarray],
+    layer_scale: np.ndarray | None,
+) -> dict[str, _Problem]:
+    """Of "key" and "value"; `seen` as `_seen` gives it."""
     query, key, value = (layer[name]["kernel"] for name in ("query", "key", "value"))
     rows, have = layer["out"]["kernel"], key.shape[1]
+    if layer_scale is not None:
+        rows = rows * np.asarray(layer_scale, np.float64)
 
     # Key heads and value heads pay for all query heads that they serve.
     means = _head_means(layer["query"], moments)
@@ -327,7 +302,13 @@ def _problems(
         x.reshape(have, -1, *x.shape[1:]).sum(axis=1)
         for x in (query_weight, rows @ rows.swapaxes(1, 2))
     )
-    return _Problem(key, seen["key"], key_weight), _Problem(value, seen["value"], value_weight)
+    # Softmax does not see a mean of keys; one of values goes to the output bias, or is merged.
+    centred = np.zeros(key.shape[1:])
+    kept = centred if "bias" in layer["out"] else _head_means(layer["value"], moments)
+    return {
+        "key": _Problem(key, seen["key"], key_weight, centred),
+        "value": _Problem(value, seen["value"], value_weight, kept),
+    }
 
 
 def _head_means(projection: Mapping[str, np.ndarray], moments: InputMoments) -> np.ndarray:
@@ -344,76 +325,3 @@ def _check_moments(moments: InputMoments, width: int) -> None:
         )
     if not all(np.isfinite(x).all() for x in (moments.total, moments.within, moments.between)):
         raise UserError("the moments to merge heads by hold NaN or infinity; check the images")
-
-
-# --- all layers of a ViT ------------------------------------------------------------------------
-
-
-def one_per_query_head(params: dict[str, Any], allocations: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Parameters with each key/value head once for every query head that it serves.
-
-    The equal groups that merging goes by are then those of the model, whatever its allocation.
-
-    Args:
-      params: of `vit.VisionTransformer` with K key/value heads, layers stacked or not.
-      allocations: of every layer, (K,) int.
-
-    Returns:
-      `params` with N key/value heads.
-    """
-    if "blocks" in params:
-        return stack_layers(one_per_query_head(unstack_layers(params), allocations))
-    params = dict(params)
-    for i, allocation in enumerate(allocations):
-        block = params[f"blocks_{i}"]
-        repeated = {
-            projection: {
-                leaf: np.repeat(np.asarray(x), allocation, axis=-2)
-                for leaf, x in block["attn"][projection].items()
-            }
-            for projection in ("key", "value")
-        }
-        params[f"blocks_{i}"] = {**block, "attn": {**block["attn"], **repeated}}
-    return params
-
-
-def to_merged(
-    params: dict[str, Any],
-    num_kv_heads: int,
-    moments: Mapping[str, InputMoments] | None = None,
-    rule: str = "svd",
-) -> tuple[dict[str, Any], dict[str, Merged]]:
-    """Parameters of a ViT with K key/value heads from those of one with more.
-
-    Args:
-      params: of `vit.VisionTransformer`, layers stacked or not.
-      num_kv_heads: K; divides the number of key/value heads in `params`.
-      moments: of the input of every layer by name ("blocks_0", ...), as
-        `calibration.gather_moments` gives them; None: `data_free_moments` of its norm.
-      rule: a name in `MERGING`.
-
-    Returns:
-      `params` with key and value kernels (..., D, K, H) and biases (..., K, H), queries and output
-      adapted, dtypes kept; and what merging made of each layer, by name, in those dtypes.
-
-    Raises:
-      UserError: as `merge_heads`.
-    """
-    if "blocks" in params:
-        converted, merged = to_merged(unstack_layers(params), num_kv_heads, moments, rule)
-        return stack_layers(converted), merged
-    converted, merged = dict(params), {}
-    for name in (name for name in params if name.startswith("blocks_")):
-        old, norm = params[name]["attn"], params[name]["norm1"]
-        if moments is None:
-            of_layer = data_free_moments(norm["scale"], norm["bias"])
-        else:
-            of_layer = moments[name]
-        merged[name] = merge_heads(old, num_kv_heads, of_layer, rule)
-        attention = {
-            projection: {leaf: x.astype(old[projection][leaf].dtype) for leaf, x in leaves.items()}
-            for projection, leaves in merged[name].attention.items()
-        }
-        merged[name] = dataclasses.replace(merged[name], attention=attention)
-        converted[name] = {**params[name], "attn": {**old, **attention}}
-    return converted, merged

@@ -4,6 +4,8 @@ D is the model width. numpy and float64.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -82,11 +84,22 @@ class InputMoments:
         return (self.within + self.between) / self.tokens
 
 
-def data_free_moments(scale: np.ndarray, bias: np.ndarray) -> InputMoments:
-    """Moments without data: what a LayerNorm (D,), (D,) gives for normalised tokens.
+def data_free_moments(scale: np.ndarray, bias: np.ndarray | None = None) -> InputMoments:
+    """Moments without data: what a LayerNorm (D,), (D,), or an RMSNorm (D,), gives.
 
-    Taken as x = scale * u + bias, with the entries of u uncorrelated and of unit variance, and
-    independent between the tokens of an image.
+    Taken as x = scale * u + bias, with the entries of u uncorrelated, of mean zero and unit
+    variance, and independent between the tokens of an image.
     """
-    scale, bias = np.asarray(scale, np.float64), np.asarray(bias, np.float64)
+    scale = np.asarray(scale, np.float64)
+    bias = np.zeros_like(scale) if bias is None else np.asarray(bias, np.float64)
     return InputMoments(1.0, bias, np.diag(scale**2), np.outer(bias, bias))
+
+
+def data_free_by_layer(params: Mapping[str, Any]) -> dict[str, InputMoments]:
+    """Moments without data by layer name: of what the first norm of each block gives.
+
+    Args:
+      params: of a ViT whose attention sees that, layers not stacked.
+    """
+    names = (name for name in params if name.startswith("blocks_"))
+    return {name: data_free_moments(**params[name]["norm1"]) for name in names}
