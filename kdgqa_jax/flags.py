@@ -216,6 +216,7 @@ CONVERT_OPTIONS: dict[str, dict] = {
     "image_size": {"type": IMAGE_SIZE, "help": "SIDE or HEIGHTxWIDTH; none: as it is"},
     "num_classes": {"type": COUNT, "help": "of a new head; none: as it is"},
     "num_heads": {"type": POSITIVE, "help": "query heads, where the source does not tell"},
+    "arch": {"help": "timm's name of it, where weights alone fit several"},
     "channels": {"type": POSITIVE, "help": "of images; none: as it is"},
     "mean": {"type": NUMBERS, "help": "of pixels in 0..1, with commas"},
     "std": {"type": NUMBERS, "help": "of pixels in 0..1, with commas"},

@@ -272,7 +272,9 @@ def places(tree, path=()):
             yield from places(value, (*path, key))
 
 
-HONOURED = ("num_attention_heads", "num_heads", "architecture")  # stated: another model
+HONOURED = (  # stated: another model
+    "num_attention_heads", "num_heads", "architecture", "hidden_act", "act_layer",
+)  # fmt: skip
 
 
 def planted(case, tree):
@@ -336,9 +338,9 @@ def a_larger_model_is_described(case):
 
 @mutation(REFUSED, kind="timm", configured=True)
 def another_computation_of_timm(case):
-    arguments = {"global_pool": "avg", "act_layer": "quick_gelu", "qk_norm": True, "pre_norm": True,
+    arguments = {"global_pool": "avg", "act_layer": "mish", "qk_norm": True, "pre_norm": True,
                  "fc_norm": True, "norm_layer": "rmsnorm", "no_embed_class": True,
-                 "pool_include_prefix": True, "reg_tokens": 4, "block_fn": "ResPostBlock",
+                 "reg_tokens": 4, "block_fn": "ParallelThingsBlock",
                  "final_norm": False, "init_values": 1e-5, "unknown_thing": 1}  # fmt: skip
     others = ["vit_base_patch16_rpn_224", "vit_base_patch32_clip_224", "vit_base_patch16_gap_224",
               "vit_small_patch14_dinov2", "flexivit_small", "deit3_base_patch16_224",

@@ -255,7 +255,7 @@ def test_a_folder_of_someone_else_is_never_replaced(sound, tmp_path):
         ({"patch_size": 4}, "patch_size=4 there, 8 in the weights"),
         ({"image_size": 64}, "4 patches of 8 px does not fit the image size 64"),
         ({"image_size": "big"}, "image_size='big' must be a side in pixels, or [height, width]"),
-        ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'; the model here has 'gelu' alone"),
+        ({"hidden_act": "mish"}, "hidden_act='mish'; the model here has one of gelu, gelu_python"),
         ({"num_attention_heads": "six"}, "num_attention_heads='six' must be a whole number"),
         ({"num_attention_heads": 6.7}, "num_attention_heads=6.7 must be a whole number"),
         ({"image_size": 20}, "4 patches of 8 px does not fit the image size 20"),

@@ -14,9 +14,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from kdgqa_jax import checkpoint, layers, options, vit, workdir
-from kdgqa_jax.convert import files, foreign
+from kdgqa_jax.convert import files, foreign, inference
 from kdgqa_jax.convert.formats import METADATA_KEY, Arrays
-from kdgqa_jax.convert.layouts import LAYOUTS
+from kdgqa_jax.convert.sources import LAYOUTS
 from kdgqa_jax.errors import UserError, unknown
 
 
@@ -45,14 +45,19 @@ def _arrays(
     """As `to_pytorch`, in the model's own dtypes."""
     grouped = model.attention.num_kv_heads != model.attention.num_heads
     ruled = model.attention.rule.dynamic
-    layout = layout or ("released" if grouped or ruled else "timm")
+    if layout is None and not (grouped or ruled):
+        try:
+            return _arrays(model, variables, "timm")
+        except UserError:  # timm's blocks cannot be such ones
+            return _arrays(model, variables, "released")
+    layout = layout or "released"
     if layout not in ("timm", "released"):
         raise unknown("layout", layout, ("timm", "released"))
     if layout == "timm" and (grouped or ruled):
         what = "grouped heads" if grouped else f"the groups of {model.attention.variant}"
         raise UserError(f"timm's fused qkv has no place for {what}; use layout 'released'")
     arrays: Arrays = {}
-    thirds: dict[str, dict[int, np.ndarray]] = {}
+    parts: dict[str, dict[int, np.ndarray]] = {}
     table = LAYOUTS[layout]
     for collection, tree in variables.items():
         flat = flatten_dict(layers.unstack_layers(jax.device_get(tree)), sep="/")
@@ -62,14 +67,14 @@ def _arrays(
                 continue
             if found is None:
                 raise UserError(f"the layout of {table.title} has no place for {path}")
-            name, third = found
+            name, part = found
             written = np.ascontiguousarray(table.transform(path).write(np.asarray(x)))
-            if third is None:
+            if part is None:
                 arrays[name] = written
             else:
-                thirds.setdefault(name, {})[third] = written
-    fused = {name: np.concatenate([x[i] for i in range(3)]) for name, x in thirds.items()}
-    return arrays | fused
+                parts.setdefault(name, {})[part.number] = written
+    fused = {name: np.concatenate([x[i] for i in sorted(x)]) for name, x in parts.items()}
+    return table.closing(arrays | fused)
 
 
 def export(directory: str | os.PathLike, path: str | os.PathLike, to: str = "safetensors") -> None:
@@ -155,11 +160,13 @@ def _lost(
     """
     if any(x.dtype.itemsize > 4 for x in arrays.values()):  # files are read as float32
         return [f"param_dtype={model.param_dtype!r}"]
+    own = vit.arguments(model)
     try:
         found = _read_again(files.at(path, arrays, metadata), model.attention.num_heads)
     except UserError as error:
-        return [f"what reading it takes ({error})"]
-    own = vit.arguments(model)
+        more = {name: own[name] for name in ("norm_pooled", "head_width") if own[name] is not None}
+        more = [*inference.extras(own), *(f"{name}={value!r}" for name, value in more.items())]
+        return more or [f"what reading it takes ({error})"]
     variant = found.arguments["attention"]
     if variant not in (None, own["attention"]):
         name = f"{path.stem}_{own['attention']}{path.suffix}"

@@ -26,6 +26,10 @@ class Source:
     preprocessor: dict[str, Any]  # preprocessor_config.json
     metadata: dict[str, Any]  # what `METADATA_KEY` holds
 
+    def beside(self, name: str) -> dict[str, Any]:
+        """What a JSON file beside the arrays holds. Raises UserError: damaged."""
+        return self.config if name == "config.json" else _optional_json(self.path.parent / name)
+
 
 def read(source: str) -> Source:
     """Read a file, or a directory that holds one file of weights.

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdgqa_jax import allocation, model_json, vit
-from kdgqa_jax.convert import files, inference, preprocessing, stated
+from kdgqa_jax.convert import files, inference, preprocessing
 from kdgqa_jax.convert.conversion_report import ConversionReport
 from kdgqa_jax.convert.formats import first_line
-from kdgqa_jax.convert.layouts import Layout
+from kdgqa_jax.convert.sources.layout import Bench, Layout
+from kdgqa_jax.convert.sources.stated import Stated
 from kdgqa_jax.errors import LARGEST, UserError, one_line, some
 
 Flat = dict[str, Any]  # arrays by our names, such as "blocks_3/attn/query/kernel"
@@ -29,6 +30,8 @@ class Loaded:
     norm_stats: Flat
     description: dict[str, Any]  # the rest of model.json
     report: ConversionReport
+    resize: str = "timm"  # how its framework resizes position embeddings, of `adapt.RESIZING`
+    seen_size: tuple[int, int] | None = None  # of images, where its framework resizes for them
 
 
 @dataclasses.dataclass
@@ -37,15 +40,19 @@ class _File:
 
     source: files.Source
     layout: Layout
-    arrays: files.Arrays
+    bench: Bench
+
+    @property
+    def arrays(self) -> files.Arrays:
+        return self.bench.arrays
 
     def find(self, path: str) -> np.ndarray | None:
         """The array of one of our names, as it is in the file but for PyTorch's order of axes."""
-        name, third = self.layout.theirs(path)
-        whole = self.arrays.get(name)
+        found = self.layout.theirs(path)
+        whole = None if found is None else self.arrays.get(found[0])
         if whole is None or not self.layout.pytorch or whole.ndim < 2:
             return whole
-        part = _part(whole, third)
+        part = whole if found[1] is None else found[1].of(whole)
         return part.T if "/attn/" in path else self.layout.transform(path).read(part, 0)
 
     def refuse(self, problem: str) -> UserError:
@@ -58,9 +65,10 @@ def load_foreign(
     seed: int,
     allow_missing: Sequence[str],
     allow_left_over: Sequence[str],
+    arch: str | None = None,
 ) -> Loaded:
     """Read a file or directory of another framework; arguments and errors as `loading.load`."""
-    loaded = from_source(files.read(place), num_heads, seed, allow_missing, allow_left_over)
+    loaded = from_source(files.read(place), num_heads, seed, allow_missing, allow_left_over, arch)
     loaded.report.source = place
     return loaded
 
@@ -71,24 +79,31 @@ def from_source(
     seed: int = 0,
     allow_missing: Sequence[str] = (),
     allow_left_over: Sequence[str] = (),
+    arch: str | None = None,
 ) -> Loaded:
     """What a file that was read holds; arguments and errors as `loading.load`."""
     file = _File(source, *inference.recognise(source))
     names, layout = set(file.arrays), file.layout
-    told = stated.stated(source)
-    structure = inference.structure_of(layout, names)
+    told = inference.stated(source, layout, source.beside(layout.config_file), arch)
     depth = len(layout.block_numbers(names))
-    paths = inference.parameter_paths(depth, **structure)
     caches = {  # the memory of DGQA
         path: found[0]
         for path in (f"blocks_{i}/attn/key_norm" for i in range(depth))
         if (found := layout.theirs(path)) and found[0] in names
     }
+    structure = inference.structure_of(layout, file.arrays, told, source.path)
+    paths = inference.parameter_paths(depth, **structure)
+    exact = _names(file, paths) == names - set(caches.values())
+    if layout.only_plain and not told.complete and not exact:
+        # Not another architecture, but a plain ViT with something missing or left over.
+        structure = inference.plain(structure)
+        paths = inference.parameter_paths(depth, **structure)
     left_over = _check_names(file, paths, set(caches.values()), allow_missing, allow_left_over)
+    _check_ambiguous(file, structure, told)
 
     try:
         arguments, channels, notes = inference.arguments_of(
-            source, layout, structure, told, file.find, num_heads
+            source, layout, structure, told, file.find, depth, num_heads
         )
     except UserError:
         raise
@@ -116,7 +131,26 @@ def from_source(
         "class_names": _class_names(source, model.num_classes),
         "preprocessing": preprocessing.describe(source, model.image_shape),
     }
-    return Loaded(arguments, params, norm_stats, description, report)
+    return Loaded(arguments, params, norm_stats, description, report, layout.resize)
+
+
+def _names(file: _File, paths: list[str]) -> set[str]:
+    """What the layout calls those of our paths that it has a place for."""
+    return {found[0] for path in paths if (found := file.layout.theirs(path))}
+
+
+def _check_ambiguous(file: _File, structure: dict[str, Any], told: Stated) -> None:
+    """Raise UserError where the weights fit several models that compute different things."""
+    layout = file.layout
+    unknown = [name for name in layout.needs if name not in told.values]
+    more = inference.extras(structure) if layout.only_plain and not told.complete else []
+    if unknown or more:
+        what = f"leave {', '.join(unknown)} open" if unknown else f"({', '.join(more)}) fit several"
+        raise file.refuse(
+            f"names of {layout.title} {what}, and nothing beside the weights says which"
+            f" architecture it is; give --arch NAME (timm's, such as vit_base_patch16_clip_224), or"
+            f" keep {layout.config_file} beside them"
+        )
 
 
 def _stated_model(
@@ -127,6 +161,9 @@ def _stated_model(
     Raises UserError: it describes none, or another one.
     """
     options = model_json.current_options(dict(file.source.metadata.get("model", {})))
+    if options and options.get("norm_pooled") is None:
+        options.pop("norm_pooled", None)
+        arguments = {name: x for name, x in arguments.items() if name != "norm_pooled"}
     if options.get("num_kv_heads") is None:
         options.pop("num_kv_heads", None)
     arguments = {**arguments, **options}
@@ -167,9 +204,14 @@ def _check_names(
     allow_left_over: Sequence[str],
 ) -> list[str]:
     """What is left over; raises UserError for whatever is missing, left over or not of floats."""
-    expected = {file.layout.theirs(path)[0] for path in paths}
+    layout = file.layout
+    homeless = [path for path in paths if layout.theirs(path) is None]
+    if homeless:
+        raise file.refuse(f"the layout of {layout.title} has no place for {some(homeless)}")
+    expected = {layout.theirs(path)[0] for path in paths}
     missing = sorted(expected - file.arrays.keys())
     left_over = sorted(file.arrays.keys() - expected - caches)
+    left_over = [name for name in left_over if not layout.ignores(name)]
     no_floats = [
         f"{name} ({one_line(x.dtype, 40)})"
         for name, x in file.arrays.items()
@@ -204,10 +246,10 @@ def _parameters(
     except Exception as error:  # options that only building a model finds to be wrong
         raise file.refuse(f"no model can be built ({first_line(error)})") from None
     shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
-    head_width = model.width // model.attention.num_heads
+    pool_head_width = model.width // model.attention.num_heads
     params, missing, wrong = {}, [], []
     for path in paths:
-        name, third = file.layout.theirs(path)
+        name, part = file.layout.theirs(path)
         if name not in file.arrays:
             missing.append(path)
             report.renew(path, "missing, as allowed: newly initialised")
@@ -215,13 +257,15 @@ def _parameters(
         transform, array = file.layout.transform(path), file.arrays[name]
         like = np.broadcast_to(np.float32(0), shapes[path].shape)  # of no memory
         expected = transform.write(like).shape
-        expected = expected if third is None else (3 * expected[0], *expected[1:])
+        expected = expected if part is None else (part.count * expected[0], *expected[1:])
         if array.shape == expected:
-            params[path] = transform.read(_part(array, third), head_width)
+            array = array if part is None else part.of(array)
+            pool = path.startswith("attn_pool/")
+            params[path] = transform.read(array, pool_head_width if pool else model.head_width)
         else:
             wrong.append(f"{name} {array.shape} does not give {path} {shapes[path].shape}")
-        part = "" if third is None else f"{('first', 'second', 'last')[third]} third"
-        report.add(path, name, part, transform.how)
+        origin, how = file.bench.origins.get(name, (name, ""))
+        report.add(path, origin, how, "" if part is None else str(part), transform.how)
     if wrong:
         raise file.refuse(f"wrong shapes: {some(wrong)}")
     if missing:
@@ -295,7 +339,3 @@ def _class_names(source: files.Source, num_classes: int) -> list[str]:
     if not isinstance(names, list) or len(names) != num_classes or None in names:
         names = range(num_classes)
     return [str(name) for name in names]
-
-
-def _part(array: np.ndarray, third: int | None) -> np.ndarray:
-    return array if third is None else np.split(array, 3)[third]

@@ -1,4 +1,4 @@
-"""The architecture of a checkpoint, from the names and shapes of its arrays."""
+"""The architecture of a checkpoint, from names and shapes of arrays and what lies beside them."""
 
 import functools
 import math
@@ -13,9 +13,12 @@ import numpy as np
 from kdgqa_jax import vit
 from kdgqa_jax.attention import ALIASES, VARIANTS, variant_name
 from kdgqa_jax.convert.files import Source
-from kdgqa_jax.convert.layouts import LAYOUTS, Layout
-from kdgqa_jax.convert.stated import Stated
+from kdgqa_jax.convert.formats import Arrays
+from kdgqa_jax.convert.sources import LAYOUTS, timm
+from kdgqa_jax.convert.sources.layout import Bench, Layout
+from kdgqa_jax.convert.sources.stated import Stated, of_metadata
 from kdgqa_jax.errors import UserError, some
+from kdgqa_jax.pools import NORMALISED
 
 HEADS_BY_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Query heads of the ViTs (Ti, S, B, L, H) that have these widths."""
@@ -24,19 +27,25 @@ Find = Callable[[str], np.ndarray | None]
 """One of our names -> the array in the file, in our form where the head width is not needed."""
 
 
-def recognise(source: Source) -> tuple[Layout, dict[str, np.ndarray]]:
+# --- names --------------------------------------------------------------------------------------
+
+
+def recognise(source: Source) -> tuple[Layout, Bench]:
     """The layout that a file has, and its arrays by the layout's canonical names.
 
     Raises UserError: none of `LAYOUTS` has such names.
     """
-    best, most = None, 0
+    best, most, found = None, 0, None
     for layout in LAYOUTS.values():
-        names = {layout.canonical(name) for name in source.arrays}
-        blocks = layout.block_numbers(names)
-        known = {found[0] for ours in _paths(len(blocks)) if (found := layout.theirs(ours))}
-        if blocks and len(names & known) > most:
-            best, most = layout, len(names & known)
+        bench = layout.bench(source.arrays)
+        blocks = layout.block_numbers(bench.arrays)
+        known = {place[0] for ours in _paths(len(blocks)) if (place := layout.theirs(ours))}
+        count = sum(name in known or layout.ignores(name) for name in bench.arrays)
+        if blocks and count > most:
+            best, most, found = layout, count, bench
     if best is None:
+        if timm.is_timm(source.config):  # which may say what is unusual about it
+            timm.stated(source.config, str(source.path.parent / "config.json"))
         tried = ", ".join(layout.title for layout in LAYOUTS.values())
         names = some(sorted(source.arrays), 3)
         raise UserError(
@@ -52,7 +61,7 @@ def recognise(source: Source) -> tuple[Layout, dict[str, np.ndarray]]:
             f"{source.path}: holds arrays of one parameter under two names: {some(twice, 4)}; save"
             " the model that is meant alone"
         )
-    return best, {best.canonical(name): x for name, x in source.arrays.items()}
+    return best, found
 
 
 @functools.cache
@@ -76,41 +85,167 @@ def parameter_paths(depth: int, **structure: Any) -> list[str]:
     return paths
 
 
+_EVERYTHING: dict[str, Any] = {
+    "num_classes": 1, "reg_tokens": 1, "pre_norm": True, "embed_norm": True, "layer_scale": 1.0,
+    "qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "gated_mlp": True,
+}  # fmt: skip
+
+
 def _paths(depth: int) -> list[str]:
     """The paths that a model of any structure may have."""
-    plain = parameter_paths(depth, num_classes=1, representation_size=1, distillation="head")
-    average = parameter_paths(depth, num_classes=1, pool="avg")
-    return list(dict.fromkeys([*plain, *average]))
+    several = (
+        {"representation_size": 1, "distillation": "head"}, {"pool": "avg"}, {"pool": "map"},
+    )  # fmt: skip
+    paths = (path for more in several for path in parameter_paths(depth, **_EVERYTHING, **more))
+    return list(dict.fromkeys(paths))
 
 
-def structure_of(layout: Layout, names: set[str]) -> dict[str, Any]:
-    """The options of `vit.create` that say which parameters there are, from their names alone."""
+# --- what is said -------------------------------------------------------------------------------
+
+
+def stated(
+    source: Source, layout: Layout, config: dict[str, Any], arch: str | None = None
+) -> Stated:
+    """What is stated beside the weights, checked by its kind.
+
+    Our own metadata says everything, and a config.json beside such a file is not looked at.
+
+    Args:
+      source: the file.
+      layout: of its names.
+      config: what `layout.config_file` beside it holds.
+      arch: the name of an architecture of timm; only for weights that nothing lies beside.
+
+    Raises:
+      UserError: of another kind than expected, or an architecture that is not the one here.
+    """
+    place = str(source.path.parent / layout.config_file)
+    if arch is not None and (source.metadata or config.keys() & _SAYS_ARCHITECTURE):
+        by = f"the header of {source.path}" if source.metadata else place
+        raise UserError(f"--arch {arch}: {by} says what the model is; leave --arch out")
+    if source.metadata:
+        return of_metadata(source.metadata, source.path)
+    return layout.stated(config, place) if arch is None else timm.of_architecture(arch)
+
+
+_SAYS_ARCHITECTURE = {"architecture", "model_type", "model_cfg"}
+
+
+# --- structure ----------------------------------------------------------------------------------
+
+_PLAIN: dict[str, Any] = {
+    "reg_tokens": 0, "pre_norm": False, "embed_norm": False, "layer_scale": 0.0, "qk_norm": False,
+    "scale_attn_norm": False, "scale_mlp_norm": False, "gated_mlp": False, "final_norm": True,
+    "patch_bias": True, "proj_bias": True, "mlp_bias": True, "norm": "layernorm",
+    "block": "pre_norm", "no_embed_class": False, "pool_include_prefix": False,
+}  # fmt: skip
+"""What a ViT has where neither names nor anything beside the weights say something else."""
+
+
+def structure_of(layout: Layout, arrays: Arrays, told: Stated, path: Any) -> dict[str, Any]:
+    """The options of `vit.create` that say which parameters there are.
+
+    What names show, unless something is stated: where the two differ, names are then missing or
+    left over.
+
+    Raises UserError: shown and stated differ where that would not be told by names.
+    """
+
+    def theirs(ours: str) -> str | None:
+        found = layout.theirs(ours)
+        return found[0] if found is not None and found[0] in arrays else None
 
     def has(module: str, leaves: tuple[str, ...] = ("kernel", "scale", "bias")) -> bool:
-        found = [layout.theirs(f"{module}/{leaf}") for leaf in leaves]
-        return any(f is not None and f[0] in names for f in found)
+        return any(theirs(f"{module}/{leaf}") for leaf in leaves)
 
-    def has_array(ours: str) -> bool:
-        found = layout.theirs(ours)
-        return found is not None and found[0] in names
+    numbers = sorted(layout.block_numbers(arrays))
 
-    average = has("fc_norm") and not has("norm")
-    projections = [
-        f"blocks_{i}/attn/{name}"
-        for i in layout.block_numbers(names)
-        for name in ("query", "key", "value")
-    ]
-    distillation = "none"
-    if has_array("dist_token"):
-        distillation = "head" if has("head_dist") else "token"
-    return {
-        "pool": "avg" if average else "token",
-        "class_token": has_array("cls_token") or not average,
-        "qkv_bias": any(has(projection, ("bias",)) for projection in projections),
-        "distillation": distillation,
+    def any_block(module: str, leaves: tuple[str, ...] = ("kernel", "scale", "bias")) -> bool:
+        return any(has(f"blocks_{i}/{module}", leaves) for i in numbers)
+
+    def one_of(name: str) -> bool:
+        return any(theirs(f"blocks_{i}/{name}") for i in numbers)
+
+    registers = theirs("reg_token")
+    distilled = ("head" if has("head_dist") else "token") if theirs("dist_token") else "none"
+    pooled = has("fc_norm") and not has("norm")
+    pool = "map" if theirs("attn_pool/latent") else "avg" if pooled else "token"
+    shown = {
+        "distillation": distilled,
+        "reg_tokens": max(arrays[registers].shape[-2:-1], default=1) if registers else 0,
+        "pre_norm": has("norm_pre"),
+        "embed_norm": has("patch_norm"),
+        "layer_scale": 1e-5 if one_of("ls1") or one_of("ls2") else 0.0,
+        "qk_norm": any_block("attn/q_norm"),
+        "scale_attn_norm": any_block("attn/norm"),
+        "scale_mlp_norm": any_block("mlp/norm"),
+        "gated_mlp": any_block("mlp/gate"),
+        "qkv_bias": any(any_block(f"attn/{x}", ("bias",)) for x in ("query", "key", "value")),
+    }
+    told.check(_comparable(shown, told), path.name)
+    if "map" in (pool, told.get("pool")):
+        told.check({"pool": pool if pool == "map" else "another"}, path.name)
+    names = (*_PLAIN, "class_token", "pool", "qkv_bias")
+    structure = {
+        **_PLAIN,
+        "pool": pool,
+        "class_token": theirs("cls_token") is not None or not (pooled or pool == "map"),
+        **shown,
+        **{name: told.get(name) for name in names if name in told.values},
         "num_classes": int(has("head")),
         "representation_size": int(has("pre_logits")),
+        **layout.fixed,
     }
+    if "norm_pooled" in layout.fixed:
+        return structure
+    normed = structure["final_norm"] and (has("norm") or has("fc_norm"))
+    return structure | _final_norm(structure["pool"], told, pooled if normed else None)
+
+
+def _comparable(shown: dict[str, Any], told: Stated) -> dict[str, Any]:
+    """What names show, but for what a source states in another way."""
+    if told.get("distillation") == "token" and shown["distillation"] == "head":
+        shown = {**shown, "distillation": "token"}  # the second head is no part of what timm says
+    if told.get("layer_scale") and shown["layer_scale"]:
+        shown = {**shown, "layer_scale": told.get("layer_scale")}  # its initial value is not shown
+    return shown
+
+
+def _final_norm(pool: str, told: Stated, pooled: bool | None) -> dict[str, Any]:
+    """`norm_pooled` where it is not what the pool says.
+
+    Args:
+      pool: of the model.
+      told: what is stated.
+      pooled: the norm in the weights is of what is pooled; None: there is no norm.
+    """
+    usual = pool in NORMALISED
+    stated = told.get("norm_pooled", usual) if "pool" in told.values else pooled
+    if pooled not in (None, stated):
+        by, _ = told.values.get("norm_pooled", ("", None))
+        also = f" and fc_norm={stated}" if by == "fc_norm" else ""
+        names = {True: "fc_norm", False: "norm"}
+        raise UserError(
+            f"{told.place}: global_pool={pool!r}{also}, but the final norm in the weights is"
+            f" {names[pooled]!r}; with that pool it is {names[stated]!r}"
+        )
+    return {} if stated in (None, usual) else {"norm_pooled": stated}
+
+
+def plain(structure: dict[str, Any]) -> dict[str, Any]:
+    """The structure without what makes it more than a plain ViT."""
+    return {**structure, **_PLAIN}
+
+
+def extras(structure: dict[str, Any]) -> list[str]:
+    """The options of a structure that make it more than a plain ViT."""
+    named = [f"{name}={structure[name]!r}" for name in _PLAIN if structure[name] != _PLAIN[name]]
+    if structure["pool"] == "map":
+        named.append("pool='map'")
+    return named
+
+
+# --- arguments ----------------------------------------------------------------------------------
 
 
 def arguments_of(
@@ -119,6 +254,7 @@ def arguments_of(
     structure: dict[str, Any],
     told: Stated,
     find: Find,
+    depth: int,
     num_heads: int | None,
 ) -> tuple[dict[str, Any], int, list[str]]:
     """(arguments of `vit.create`, number of image channels, notes) for the model in a file.
@@ -127,8 +263,9 @@ def arguments_of(
       source: the file.
       layout: its layout.
       structure: from `structure_of`.
-      told: from `stated.stated`.
+      told: from `stated`.
       find: gives arrays by our names.
+      depth: L.
       num_heads: N; None: from what lies beside the weights, else `HEADS_BY_WIDTH`.
 
     Raises:
@@ -149,11 +286,7 @@ def arguments_of(
     patch_height, patch_size, channels, width = shape("patch_embed/kernel", 4)
     if patch_height != patch_size:
         raise UserError(f"{source.path}: patches of {patch_height}x{patch_size} are not square")
-    fields = {
-        "width": width,
-        "depth": len(layout.block_numbers(set(map(layout.canonical, source.arrays)))),
-        "mlp_width": shape("blocks_0/mlp/fc1/kernel", 2)[1],
-    }
+    fields = {"width": width, "depth": depth, "mlp_width": shape("blocks_0/mlp/fc1/kernel", 2)[1]}
     options = {
         **structure,
         "num_classes": shape("head/kernel", 2)[1] if structure["num_classes"] else 0,
@@ -161,53 +294,59 @@ def arguments_of(
         if structure["representation_size"]
         else 0,
     }
-    _check_pool(told, structure["pool"])
-    told.check({**fields, **options, "patch_size": patch_size, "channels": channels}, source)
+    sizes = ("num_classes", "representation_size")
+    found = {**fields, **{n: options[n] for n in sizes}}
+    told.check({**found, "patch_size": patch_size, "channels": channels}, source.path.name)
 
     query, key = shape_of_heads(find, "query"), shape_of_heads(find, "key")
     num_heads, notes = _heads(source, told, width, query, num_heads)
-    if num_heads < 1 or width % num_heads:
+    head_width = told.get("head_width")
+    if num_heads < 1 or (head_width is None and width % num_heads):
         raise UserError(f"{source.path}: width {width} is not a multiple of {num_heads} heads")
-    head_width = width // num_heads
-    if math.prod(query[1:]) != width or math.prod(key[1:]) % head_width:
+    head_width = head_width or width // num_heads
+    if math.prod(query[1:]) != num_heads * head_width or math.prod(key[1:]) % head_width:
         raise UserError(
             f"{source.path}: query and key projections to {math.prod(query[1:])} and"
             f" {math.prod(key[1:])} do not fit {num_heads} query heads of width {head_width}"
         )
     num_kv_heads = max(math.prod(key[1:]) // head_width, 1)
-    prefix = structure["class_token"] + (structure["distillation"] != "none")
-    grid = _grid(source, told, shape("pos_embed", 3)[1] - prefix, patch_size)
+    prefix = options["class_token"] + (options["distillation"] != "none") + options["reg_tokens"]
+    length = shape("pos_embed", 3)[1]
+    if options["reg_tokens"] and "no_embed_class" not in told.values:
+        options["no_embed_class"] = not _square(length - prefix) and _square(length)
+    length -= 0 if options["no_embed_class"] else prefix
+    grid = _grid(source, told, length, patch_size)
     height, side = (n * patch_size for n in grid)
     fields["num_heads"] = num_heads
-    if options["qkv_bias"]:  # the default
-        del options["qkv_bias"]
+    if head_width * num_heads != width:
+        options["head_width"] = head_width
     known = [size for size, numbers in vit.SIZES.items() if numbers == fields]
+    hidden = {name: told.get(name) for name in ("activation",) if name in told.values}
+    hidden = {**layout.defaults, **hidden}
+    defaults = vit.known_options()
+    unchanged = {n for n, x in options.items() if n in _PLAIN and x == defaults[n].default}
+    if options["qkv_bias"]:  # the default
+        unchanged.add("qkv_bias")
     arguments = {
         "name": f"{known[0] if known else 'custom'}/{patch_size}",
         **({} if known else fields),
-        **options,
+        **{name: x for name, x in options.items() if name not in unchanged},
+        **{name: x for name, x in hidden.items() if x != defaults[name].default},
         "image_size": height if height == side else (height, side),
-        "norm_epsilon": told.get("norm_epsilon", layout.norm_epsilon),
+        "norm_epsilon": told.get("norm_epsilon", layout.defaults["norm_epsilon"]),
         "num_kv_heads": num_kv_heads,
     }
     return arguments, channels, notes
+
+
+def _square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
 
 
 def shape_of_heads(find: Find, projection: str) -> tuple[int, ...]:
     """The shape of a projection of the first block, (D, heads * H) or (D, heads, H)."""
     array = find(f"blocks_0/attn/{projection}/kernel")
     return (0,) if array is None else array.shape
-
-
-def _check_pool(told: Stated, found: str) -> None:
-    """Raise UserError where the final norm is not where a stated pooling has it here."""
-    pool = told.get("pool", found)
-    if pool != found:
-        norm = {"avg": "fc_norm, after the mean", "token": "norm, before the class token is taken"}
-        raise UserError(
-            f"{told.place}: global_pool={pool!r}, but the final norm in the weights is"
-            f" {norm[found].split(',')[0]!r}; the model here has {norm[pool]}"
-        )
 
 
 def _heads(

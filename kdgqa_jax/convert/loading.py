@@ -51,6 +51,7 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     num_heads: int | None = None,
+    arch: str | None = None,
     channels: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -77,6 +78,7 @@ def load(
         of the source.
       num_classes: a number other than the source's gives a new head (0: none). None: as it is.
       num_heads: N, where the source does not tell.
+      arch: timm's name of the architecture, where the weights lie alone and fit several.
       channels: of images: the patch embedding is fitted. None: as it is.
       mean: of pixel values in 0..1, per channel; None: what the source says, else 0.5.
       std: of pixel values in 0..1, per channel; None: what the source says, else 0.5.
@@ -100,7 +102,7 @@ def load(
     if (pathlib.Path(place) / "model.json").is_file():
         loaded = _load_ours(place)
     else:
-        loaded = load_foreign(place, num_heads, seed, allow_missing, allow_left_over)
+        loaded = load_foreign(place, num_heads, seed, allow_missing, allow_left_over, arch)
     loaded.report.source = source
     if not allow_nan:
         _refuse_nan(loaded)

@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from kdgqa_jax.convert import timm_config
 from kdgqa_jax.convert.files import Source
+from kdgqa_jax.convert.sources import timm
 from kdgqa_jax.errors import UserError, one_line
 from kdgqa_jax.model_json import check_preprocessing
 
@@ -51,9 +51,9 @@ def describe(source: Source, image_shape: tuple[int, int]) -> dict[str, Any] | N
     if source.preprocessor:
         place = str(source.path.parent / "preprocessor_config.json")
         return _HuggingFace(source.preprocessor, place).describe(image_shape)
-    if timm_config.is_timm(source.config):
+    if timm.is_timm(source.config):
         place = str(source.path.parent / "config.json")
-        return _timm(timm_config.pretrained_cfg(source.config, place), place)
+        return _timm(timm.pretrained_cfg(source.config, place), place)
     return None
 
 
