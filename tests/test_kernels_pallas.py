@@ -20,6 +20,13 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(blocks, "INTERPRET", True)
 
 
+@pytest.fixture(autouse=True)
+def strict():
+    """No dtype and no rank is promoted."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 def inputs(batch, tokens, sources, heads, kv_heads, width, dtype=np.float32):
     """Query, key, value and a cotangent."""
     queries, keys = (batch, tokens, heads, width), (batch, sources, kv_heads, width)
