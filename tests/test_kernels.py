@@ -10,7 +10,12 @@ import pytest
 
 from kdgqa_jax import noise
 from kdgqa_jax.errors import UserError
-from kdgqa_jax.kernels import EXPANSIONS, chunked, expand_heads, grouped_attention
+from kdgqa_jax.kernels import (
+    EXPANSIONS,
+    chunked,
+    expand_heads,
+    grouped_attention,
+)
 
 B, T, S, N, K, H = 2, 5, 7, 6, 3, 4  # T != S, so that query and key shapes cannot be confused
 

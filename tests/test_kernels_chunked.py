@@ -11,6 +11,13 @@ from kdgqa_jax.kernels import LONG, chunked, grouped_attention
 N, K, H = 4, 2, 8
 
 
+@pytest.fixture(autouse=True)
+def strict():
+    """No dtype and no rank is promoted."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 def index_of(kind, batch):
     """A group index; with "idle" one key/value head is not used by anybody."""
     rng = np.random.default_rng(0)

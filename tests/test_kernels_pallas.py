@@ -12,12 +12,19 @@ import pytest
 
 from kdgqa_jax import sharding
 from kdgqa_jax.errors import UserError
-from kdgqa_jax.kernels import grouped_attention, pallas
+from kdgqa_jax.kernels import blocks, grouped_attention
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(pallas, "INTERPRET", True)
+    monkeypatch.setattr(blocks, "INTERPRET", True)
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    """No dtype and no rank is promoted."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
 
 
 def inputs(batch, tokens, sources, heads, kv_heads, width, dtype=np.float32):
@@ -71,7 +78,7 @@ def test_output_and_gradients_are_those_of_the_reference(sizes, kind):
 @pytest.mark.parametrize("kind", ["example", "unsorted"])
 def test_several_blocks(monkeypatch, tokens, sources, kind):
     """Of 128 tokens each; the last ones are partial, and what is beyond is NaN here."""
-    monkeypatch.setattr(pallas, "BLOCK", 128)
+    monkeypatch.setattr(blocks, "BLOCK", 128)
     sizes = (2, tokens, sources, 6, 3, 8)
     given = inputs(*sizes)
     index = index_of(kind, *sizes[:1], *sizes[3:5])
@@ -112,8 +119,8 @@ def test_one_compilation_serves_every_index():
 )
 @pytest.mark.parametrize("run", [lambda f, *x: f(*x), jax.eval_shape], ids=["eager", "traced"])
 def test_what_it_cannot_serve_is_told_in_one_sentence(monkeypatch, change, message, run):
-    monkeypatch.setattr(pallas, "INTERPRET", change.get("interpret", True))
-    monkeypatch.setattr(pallas, "MEMORY", change.get("memory", pallas.MEMORY))
+    monkeypatch.setattr(blocks, "INTERPRET", change.get("interpret", True))
+    monkeypatch.setattr(blocks, "MEMORY", change.get("memory", blocks.MEMORY))
     given = inputs(
         1, change.get("tokens", 9), 9, 6, 3, change.get("width", 8), change.get("dtype", np.float32)
     )
@@ -155,5 +162,5 @@ def test_each_device_of_a_mesh_computes_its_images_and_heads():
 
 
 if __name__ == "__main__":
-    pallas.INTERPRET = True
+    blocks.INTERPRET = True
     print(json.dumps(differences()))

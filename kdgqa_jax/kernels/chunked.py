@@ -82,7 +82,7 @@ def _loop_over(key: Array, value: Array, mask: Array | None) -> dict[str, Array]
     count, size = keys.shape[0], keys.shape[2]
     if count * size > key.shape[1]:
         real = jnp.arange(count * size) < key.shape[1]
-        chunks["real"] = real.reshape(count, size)
+        chunks["real"] = real.reshape(count, 1, 1, 1, size)
     # Masks come with the rest. Of what is known before the layers of a scan run, JAX would compute
     # all that follows once, before them: masks of the size of the scores.
     return jax.lax.optimization_barrier(chunks)

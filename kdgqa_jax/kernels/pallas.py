@@ -12,31 +12,19 @@ two kernels: while one runs the gradients of keys and values stay, while the oth
 queries.
 """
 
-import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from kdgqa_jax import sharding
+from kdgqa_jax.kernels import blocks
+from kdgqa_jax.kernels.blocks import Ref, Sizes, call, fitting_blocks, memory
 from kdgqa_jax.kernels.mesh import on_each_device
 
 Array = jax.Array
-Ref = Any
-
-INTERPRET = False
-"""Run the kernels operation by operation on any platform: for tests."""
-
-BLOCK = 1152
-"""Most tokens of a block; the unrolled code of a program grows with them."""
-
-MEMORY = 64 * 2**20
-"""Bytes of a core's memory (VMEM) that a kernel may take at most, and where none is known."""
 
 
 def refusal(
@@ -44,7 +32,7 @@ def refusal(
 ) -> str | None:
     """See `Implementation`."""
     del group_index
-    if sharding.platform() != "tpu" and not INTERPRET:
+    if sharding.platform() != "tpu" and not blocks.INTERPRET:
         return (
             f"it is a kernel for TPUs, and this program is for the platform {sharding.platform()!r}"
         )
@@ -58,8 +46,8 @@ def refusal(
         return f"its shapes must be numbers, and not {query.shape} and {key.shape}"
     if min(query.shape[1], key.shape[1]) < 8:
         return "it takes at least 8 tokens"
-    if not any(_fitting_blocks(query.shape, key.shape, query.dtype)):
-        return f"the heads of 128 tokens, {query.shape[2:]}, take more than {_memory()} bytes"
+    if not any(fitting_blocks(query.shape, key.shape, query.dtype)):
+        return f"the heads of 128 tokens, {query.shape[2:]}, take more than {memory()} bytes"
     return None
 
 
@@ -78,155 +66,10 @@ def attention(
     return on_each_device(_attend, query, key, value, group_index)
 
 
-# --- calls ----------------------------------------------------------------------------------------
-
-
-def _memory() -> int:
-    """Bytes of VMEM that a kernel may take: half of what there is, XLA keeps arrays there, too."""
-    if sharding.platform() != "tpu":
-        return MEMORY
-    return min(MEMORY, pltpu.get_tpu_info().vmem_capacity_bytes // 2)
-
-
-def _fitting_blocks(
-    query: tuple[int, ...], key: tuple[int, ...], dtype: Any
-) -> Iterator[tuple[int, int]]:
-    """Tokens of blocks (of queries BTNH, of keys BSKH) that fit into memory, the largest first.
-
-    They are all, or multiples of 128. It is the backward pass that counts: four arrays of each kind
-    in two buffers each, copies of keys and values with H along the 128 lanes, their gradients.
-    """
-
-    def sizes(tokens: int) -> Iterator[int]:
-        for count in range(pl.cdiv(tokens, BLOCK), pl.cdiv(tokens, 128) + 1):
-            yield tokens if count == 1 else pl.cdiv(tokens, 128 * count) * 128
-
-    (heads, width), (kv_heads, _) = query[2:], key[2:]
-    item, lanes = jnp.dtype(dtype).itemsize, pl.cdiv(width, 128) * 128
-    for cols in sizes(key[1]):
-        for rows in sizes(query[1]):
-            i, j = (pl.cdiv(tokens, 128) * 128 for tokens in (rows, cols))
-            transposed = 2 * kv_heads * cols * lanes * item
-            buffers = 8 * item * width * (heads * i + kv_heads * j)
-            if buffers + transposed + 8 * kv_heads * width * j <= _memory():
-                yield rows, cols
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """Axes by the letters of the package, and the tokens of a block of queries and one of keys."""
-
-    B: int
-    T: int
-    S: int
-    N: int
-    K: int
-    H: int
-    rows: int
-    cols: int
-    per_example: bool
-
-    @classmethod
-    def of(cls, query: Array, key: Array, group_index: Array) -> "_Sizes":
-        """From query BNHT and key BKHS."""
-        (batch, heads, width, length), (_, kv_heads, _, tokens) = query.shape, key.shape
-        block = _fitting_blocks(
-            (batch, length, heads, width), (batch, tokens, kv_heads, width), query.dtype
-        )
-        axes = batch, length, tokens, heads, kv_heads, width
-        return cls(*axes, *next(block), group_index.ndim == 2)
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """Numbers of blocks: (of queries, of keys)."""
-        return pl.cdiv(self.T, self.rows), pl.cdiv(self.S, self.cols)
-
-    @property
-    def block(self) -> "_Sizes":
-        """What a program has."""
-        return dataclasses.replace(self, B=1, T=self.rows, S=self.cols)
-
-    def shape(self, kind: str) -> tuple[int, ...]:
-        """Of an array with queries, with keys, or with a number per query."""
-        return {
-            "query": (self.B, self.N, self.H, self.T),
-            "key": (self.B, self.K, self.H, self.S),
-            "row": (self.B, self.N, 1, self.T),
-        }[kind]
-
-
-_KINDS = {"query": "query", "out": "query", "power": "row", "key": "key", "value": "key"}
-"""Of the arrays that enter and leave kernels; a gradient is of the kind of what it belongs to."""
-
-
-def _call(
-    kernel: Callable[..., None],
-    sizes: _Sizes,
-    group_index: Array,
-    inputs: dict[str, Array],
-    outputs: dict[str, Any],
-    scratch: dict[str, tuple[tuple[int, ...], Any]],
-    products: int,
-    keys_innermost: bool,
-) -> dict[str, Array]:
-    """Run a kernel on every pair of a block of queries and a block of keys of every image.
-
-    Args:
-      kernel: of (sizes, group index, blocks of inputs, blocks of outputs, scratch memory).
-      sizes: of all arrays.
-      group_index: (N,) or (B, N) int32.
-      inputs: by name, gradients with the suffix "_grad".
-      outputs: their dtypes by name.
-      scratch: shape and dtype by name.
-      products: matrix products of the size of the scores.
-      keys_innermost: the blocks of keys pass while a block of queries stays, or the reverse.
-    """
-    count = dict(zip(("query", "key"), sizes.blocks, strict=True))
-    outer, inner = ("query", "key") if keys_innermost else ("key", "query")
-    kinds = {name: _KINDS[name.removesuffix("_grad")] for name in (*inputs, *outputs)}
-
-    def spec(name: str) -> pl.BlockSpec:
-        def place(b: Array, outer: Array, inner: Array, _: Ref) -> tuple[Any, ...]:
-            i, j = (outer, inner) if keys_innermost else (inner, outer)
-            return (b, 0, 0, j if kinds[name] == "key" else i)
-
-        return pl.BlockSpec(sizes.block.shape(kinds[name]), place)
-
-    def traffic(name: str, dtype: Any) -> int:
-        """Bytes; an input is read again unless its block was that of the step before."""
-        passes = (kinds[name] == "key") == (inner == "key") and count[inner] > 1
-        times = count[outer] if name in inputs and passes else 1
-        return times * math.prod(sizes.shape(kinds[name])) * jnp.dtype(dtype).itemsize
-
-    scores = sizes.B * sizes.N * sizes.T * sizes.S
-    dtypes = {name: x.dtype for name, x in inputs.items()} | outputs
-    return pl.pallas_call(
-        functools.partial(kernel, sizes),
-        out_shape={
-            name: jax.ShapeDtypeStruct(sizes.shape(kinds[name]), dtype)
-            for name, dtype in outputs.items()
-        },
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(sizes.B, count[outer], count[inner]),
-            in_specs=[{name: spec(name) for name in inputs}],
-            out_specs={name: spec(name) for name in outputs},
-            scratch_shapes=[{name: pltpu.VMEM(*of) for name, of in scratch.items()}],
-        ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_memory()
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * products * scores * sizes.H,
-            transcendentals=scores,
-            bytes_accessed=sum(traffic(name, dtype) for name, dtype in dtypes.items()),
-        ),
-        interpret=INTERPRET,
-        name=kernel.__name__.strip("_"),
-    )(group_index.reshape(-1), inputs)
-
-
 # --- inside of kernels ----------------------------------------------------------------------------
+#
+# A kernel gets the sizes, the group index, its blocks of what is given and of what goes out, and
+# the memory that it keeps from one block to the next. Block i is of queries, block j of keys.
 
 
 def _real(x: Array, block: Array, tokens: int) -> Array:
@@ -250,7 +93,7 @@ def _dot(a: Array, b: Array, transposed: bool = False) -> Array:
     return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _for_each_head(sizes: _Sizes, index: Ref, head: Callable[[Array, Array], None]) -> None:
+def _for_each_head(sizes: Sizes, index: Ref, head: Callable[[Array, Array], None]) -> None:
     """Call `head` with every query head of this program's image and its key/value head."""
     start = pl.program_id(0) * sizes.N if sizes.per_example else 0
 
@@ -260,7 +103,7 @@ def _for_each_head(sizes: _Sizes, index: Ref, head: Callable[[Array, Array], Non
     jax.lax.fori_loop(0, sizes.N, one, None)
 
 
-def _scores(sizes: _Sizes, key: Array, query: Array) -> Array:
+def _scores(sizes: Sizes, key: Array, query: Array) -> Array:
     """(tokens, H) and (H, tokens) -> (keys, queries) float32, of which powers of two are maps."""
     return _dot(key, query) * (sizes.H**-0.5 * math.log2(math.e))
 
@@ -268,13 +111,13 @@ def _scores(sizes: _Sizes, key: Array, query: Array) -> Array:
 # --- forward --------------------------------------------------------------------------------------
 
 
-def _forward_kernel(sizes, index, blocks, out, keep):
+def _forward_kernel(sizes, index, given, out, keep):
     i, j = pl.program_id(1), pl.program_id(2)
     several = sizes.blocks[1] > 1
 
     @pl.when((i == 0) | several)
     def start_keys():
-        _transpose_heads(blocks["key"], keep["key"], j, sizes.S)
+        _transpose_heads(given["key"], keep["key"], j, sizes.S)
 
     if several:
         top, total, acc = (keep[name] for name in ("top", "total", "out"))
@@ -286,7 +129,7 @@ def _forward_kernel(sizes, index, blocks, out, keep):
             acc[...] = jnp.zeros(acc.shape, acc.dtype)
 
     def head(n, kv):
-        scores = _scores(sizes, keep["key"][kv], blocks["query"][0, n])
+        scores = _scores(sizes, keep["key"][kv], given["query"][0, n])
         if sizes.S % sizes.cols:
             key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
             scores = jnp.where(key < sizes.S - j * sizes.cols, scores, -jnp.inf)
@@ -295,7 +138,7 @@ def _forward_kernel(sizes, index, blocks, out, keep):
             largest = jnp.maximum(largest, top[n])
         powers = jnp.exp2(scores - largest)
         sums = jnp.sum(powers, axis=0, keepdims=True)
-        value = _real(blocks["value"][0, kv], j, sizes.S)
+        value = _real(given["value"][0, kv], j, sizes.S)
         mixed = _dot(value, powers.astype(value.dtype))
         if several:
             shrunk = jnp.exp2(top[n] - largest)
@@ -320,13 +163,13 @@ def _forward_kernel(sizes, index, blocks, out, keep):
 def _forward(
     query: Array, key: Array, value: Array, group_index: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    sizes = _Sizes.of(query, key, group_index)
+    sizes = Sizes.of(query, key, group_index)
     block = sizes.block
     scratch = {"key": ((block.K, block.S, block.H), key.dtype)}
     if sizes.blocks[1] > 1:
         row = (block.shape("row")[1:], jnp.float32)
         scratch |= {"top": row, "total": row, "out": (block.shape("query")[1:], jnp.float32)}
-    results = _call(
+    results = call(
         _forward_kernel,
         sizes,
         group_index,
@@ -342,13 +185,13 @@ def _forward(
 # --- backward -------------------------------------------------------------------------------------
 
 
-def _maps(sizes, blocks, keep, n, kv, i):
+def _maps(sizes, given, keep, n, kv, i):
     """(query, gradient of the output, maps, gradient of the scores) of a head.
 
     The first two are (H, queries), the last two (keys, queries), all in the dtype of the arrays.
     """
     query, out, grad, power = (
-        _real(blocks[name][0, n], i, sizes.T) for name in ("query", "out", "out_grad", "power")
+        _real(given[name][0, n], i, sizes.T) for name in ("query", "out", "out_grad", "power")
     )
     row = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=0, keepdims=True)
     maps = jnp.exp2(_scores(sizes, keep["key"][kv], query) - power)
@@ -356,22 +199,22 @@ def _maps(sizes, blocks, keep, n, kv, i):
     return query, grad, maps.astype(grad.dtype), score_grad.astype(query.dtype)
 
 
-def _keys_kernel(sizes, index, blocks, out, keep):
+def _keys_kernel(sizes, index, given, out, keep):
     """Gradients of keys and values, and of queries where all keys are in one block."""
     j, i = pl.program_id(1), pl.program_id(2)
 
     @pl.when(i == 0)
     def start():
         for name in ("key", "value"):
-            _transpose_heads(blocks[name], keep[name], j, sizes.S)
+            _transpose_heads(given[name], keep[name], j, sizes.S)
             keep[f"{name}_grad"][...] = jnp.zeros(keep[f"{name}_grad"].shape, jnp.float32)
 
     def head(n, kv):
-        query, grad, maps, score_grad = _maps(sizes, blocks, keep, n, kv, i)
+        query, grad, maps, score_grad = _maps(sizes, given, keep, n, kv, i)
         keep["value_grad"][kv] += _dot(grad, maps, transposed=True)
         keep["key_grad"][kv] += _dot(query, score_grad, transposed=True)
         if "query_grad" in out:
-            query_grad = _dot(blocks["key"][0, kv], score_grad) * sizes.H**-0.5
+            query_grad = _dot(given["key"][0, kv], score_grad) * sizes.H**-0.5
             out["query_grad"][0, n] = query_grad.astype(query.dtype)
 
     _for_each_head(sizes, index, head)
@@ -382,7 +225,7 @@ def _keys_kernel(sizes, index, blocks, out, keep):
         out["value_grad"][0] = keep["value_grad"][...].astype(out["value_grad"].dtype)
 
 
-def _queries_kernel(sizes, index, blocks, out, keep):
+def _queries_kernel(sizes, index, given, out, keep):
     """Gradients of queries where there are several blocks of keys."""
     i, j = pl.program_id(1), pl.program_id(2)
     total = keep["query_grad"]
@@ -392,11 +235,11 @@ def _queries_kernel(sizes, index, blocks, out, keep):
         total[...] = jnp.zeros(total.shape, total.dtype)
 
     for name in ("key", "value"):
-        _transpose_heads(blocks[name], keep[name], j, sizes.S)
+        _transpose_heads(given[name], keep[name], j, sizes.S)
 
     def head(n, kv):
-        score_grad = _maps(sizes, blocks, keep, n, kv, i)[3]
-        total[n] += _dot(_real(blocks["key"][0, kv], j, sizes.S), score_grad)
+        score_grad = _maps(sizes, given, keep, n, kv, i)[3]
+        total[n] += _dot(_real(given["key"][0, kv], j, sizes.S), score_grad)
 
     _for_each_head(sizes, index, head)
 
@@ -407,7 +250,7 @@ def _queries_kernel(sizes, index, blocks, out, keep):
 
 def _backward(kept: tuple[Array, ...], out_grad: Array) -> tuple[Array | None, ...]:
     query, key, value, group_index, out, power = kept
-    sizes = _Sizes.of(query, key, group_index)
+    sizes = Sizes.of(query, key, group_index)
     block = sizes.block
     inputs = {"query": query, "key": key, "value": value}
     inputs |= {"out": out, "out_grad": out_grad, "power": power}
@@ -417,7 +260,7 @@ def _backward(kept: tuple[Array, ...], out_grad: Array) -> tuple[Array | None, .
     grads = {"key_grad": key.dtype, "value_grad": value.dtype}
     of_queries = {"query_grad": query.dtype}
     one_block = sizes.blocks[1] == 1
-    results = _call(
+    results = call(
         _keys_kernel,
         sizes,
         group_index,
@@ -428,7 +271,7 @@ def _backward(kept: tuple[Array, ...], out_grad: Array) -> tuple[Array | None, .
         keys_innermost=False,
     )
     if not one_block:
-        results |= _call(
+        results |= call(
             _queries_kernel,
             sizes,
             group_index,
