@@ -119,7 +119,7 @@ def test_heads_are_grouped_into_the_dtype_that_is_wanted():
 def test_a_run_has_the_dtype_of_its_config(tmp_path, there, here):
     path = model_directory(tmp_path / "model", "dgqa_ema", param_dtype=there)
     start = start_from(path, param_dtype=here)
-    assert f"parameters cast from {there} to {here} (config.model.param_dtype)" in start.told
+    assert f"parameters cast from {there} to {here} (config.model.param_dtype)" in start.notes
     assert dtypes(start.variables["params"]) == {here}
     assert dtypes(start.variables["norm_stats"]) == {"float32", "int32"}
     expected = checkpoint.load_model(path)[1]["params"]
