@@ -12,7 +12,7 @@ import pytest
 
 from kdgqa_jax import sharding
 from kdgqa_jax.errors import UserError
-from kdgqa_jax.kernels import blocks, grouped_attention
+from kdgqa_jax.kernels import SHORT, blocks, grouped_attention
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +128,25 @@ def test_what_it_cannot_serve_is_told_in_one_sentence(monkeypatch, change, messa
     with pytest.raises(UserError, match=message) as caught:
         run(lambda *qkv: grouped_attention(*qkv, **options), *given[:3])
     assert "\n" not in str(caught.value)
+
+
+def test_tpus_prefer_it_where_it_serves(monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    monkeypatch.setattr(blocks, "memory", lambda: blocks.MEMORY)
+
+    def calls(tokens, dtype=np.float32, **options):
+        def attend(*qkv):
+            return grouped_attention(*qkv, **options)
+
+        return "pallas_call" in str(
+            jax.make_jaxpr(attend)(*inputs(1, tokens, tokens, 6, 3, 8, dtype)[:3])
+        )
+
+    assert calls(SHORT) and calls(SHORT, jnp.bfloat16) and not calls(SHORT - 1)
+    assert calls(SHORT - 1, implementation="pallas")
+    assert not calls(SHORT, np.float16) and not calls(SHORT, return_maps=True)
+    assert not calls(SHORT, mask=np.ones((SHORT, SHORT), bool))
+    assert not calls(SHORT, expansion="block") and not calls(SHORT, implementation="xla")
 
 
 # --- on several devices -------------------------------------------------------------------------

@@ -45,13 +45,16 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 """By name. All give the same numbers but for rounding."""
 
+SHORT = 64
+"""Tokens below which the TPU kernel has too little to do for each image."""
+
 LONG = 2048
 """Tokens from which on maps in memory cost more than computing them twice."""
 
 PREFERRED: dict[str, tuple[tuple[str, int], ...]] = {
     "cpu": (("chunked", LONG),),
     "gpu": (("cudnn", 0), ("chunked", LONG)),
-    "tpu": (("pallas", 64), ("chunked", LONG)),
+    "tpu": (("pallas", SHORT), ("chunked", LONG)),
 }
 """Platform -> (implementation, from how many key/value tokens S on), the first that serves counts.
 
@@ -75,7 +78,8 @@ def grouped_attention(
 ) -> Array | tuple[Array, Array]:
     """Attention in which query head n uses key/value head group_index[n].
 
-    Differentiable in query, key and value, in reverse mode (`xla` with maps in forward mode, too).
+    Differentiable in query, key and value, in reverse mode; with maps in forward mode, too, and
+    with `xla` and `chunked` forward over reverse.
     Scores and softmax are float32 whatever the input dtype. All shapes are static: one compilation
     serves every group index. Attention maps are made only for `return_maps`, `transform_maps` and
     dropout.
