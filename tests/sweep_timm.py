@@ -1,9 +1,10 @@
 """Every ViT of timm, small, through `convert.load`: equal logits, or refused by the feature's name.
 
     python tests/sweep_timm.py [--names vit_base_patch16_224 ...] [--every 6]
+    python tests/sweep_timm.py --table docs/checkpoints.md
     python tests/sweep_timm.py --goldens tests/goldens/timm_architectures.json
 
-The second form writes what timm says of `SPREAD`, for tests where there is no timm: config.json,
+The second form also writes the table of that page. The third writes what timm says of `SPREAD`, for tests where there is no timm: config.json,
 names and shapes, and logits; the weights follow from names and shapes (`weights`).
 
 Every entry point of timm's `vision_transformer` and `deit` modules is built with two layers, heads
@@ -209,10 +210,47 @@ def sweep(timm, names):
         yield name, *outcome
 
 
+MARKS = ("<!-- python tests/sweep_timm.py --table docs/checkpoints.md -->", "<!-- end -->")
+_SIZES = ("embed_dim", "num_heads", "reg_tokens", "init_values")
+
+
+def features(name):
+    """What an architecture has beside a plain ViT, by timm's arguments."""
+    try:
+        found = timm_architectures.arguments(name, name)
+    except UserError as error:
+        return str(error).split(" has ")[-1].split(",")[0]
+    more = [f"{key}={value}" for key, value in found.items() if key not in _SIZES]
+    more += [key for key in ("reg_tokens", "init_values") if key in found]
+    return ", ".join(sorted(more)) or "a plain ViT"
+
+
+def table(results):
+    """Markdown: a row for each kind of architecture, whether it loads, and who is of it."""
+    kinds = {}
+    for name, outcome, _ in results:
+        kinds.setdefault((features(name), outcome), []).append(name)
+    rows = ["| what it has beside a plain ViT | | | architectures |", "|---|---|---:|---|"]
+    order = sorted(kinds.items(), key=lambda item: (item[0][1], -len(item[1]), item[0]))
+    for (what, outcome), names in order:
+        shown = ", ".join(f"`{name}`" for name in names)
+        rows.append(f"| {what} | {outcome} | {len(names)} | {shown} |")
+    return "\n".join(rows)
+
+
+def write_table(path, results, summary):
+    """Put the table between its marks in a page."""
+    before, _, rest = path.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    body = f"{MARKS[0]}\n\n{summary}\n\n{table(results)}\n\n{MARKS[1]}"
+    path.write_text(before + body + after)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--names", nargs="+")
     parser.add_argument("--every", type=int, default=1, help="take each n-th")
+    parser.add_argument("--table", type=pathlib.Path, help="a page to put the table in")
     parser.add_argument("--goldens", type=pathlib.Path, help="a file to write")
     parser.add_argument("--refused", type=int, default=14, help="so many may be refused")
     arguments = parser.parse_args()
@@ -226,11 +264,18 @@ def main():
         return
     names = arguments.names or entry_points(timm)[:: arguments.every]
     tally = dict.fromkeys(("equal", "refused", "wrong", "fault"), 0)
-    for name, outcome, said in sweep(timm, names):
+    results = []
+    for result in sweep(timm, names):
+        name, outcome, said = result
+        results.append(result)
         tally[outcome] += 1
         if outcome != "equal":
             print(f"{outcome}: {name}: {said}", flush=True)
-    print(f"{len(names)} architectures of timm {timm.__version__}: {tally}")
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in tally.items())
+    summary = f"{len(names)} architectures of timm {timm.__version__}: {counts}."
+    print(summary)
+    if arguments.table:
+        write_table(arguments.table, results, summary)
     bad = tally["wrong"] + tally["fault"]
     raise SystemExit(1 if bad or tally["refused"] > arguments.refused else 0)
 
