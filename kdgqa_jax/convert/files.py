@@ -8,12 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdgqa_jax import paths, workdir
+from kdgqa_jax.convert import shards
 from kdgqa_jax.convert.formats import Arrays, first_line, read_arrays
 from kdgqa_jax.errors import UserError, one_line
 
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_WEIGHT_FILES = (
+    "model.safetensors", shards.INDEXES[0], "open_clip_model.safetensors", "pytorch_model.bin",
+    shards.INDEXES[1], "open_clip_pytorch_model.bin",
+)  # fmt: skip
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
-_HUB_FILES = ("config.json", "preprocessor_config.json", *_WEIGHT_FILES)
+_HUB_FILES = (
+    "config.json", "open_clip_config.json", "preprocessor_config.json", *_WEIGHT_FILES,
+    "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -44,7 +51,10 @@ def read(source: str) -> Source:
             path = _weights_in(path)
     except OSError as error:
         raise UserError(f"source {one_line(source)} cannot be read ({error.strerror})") from None
-    arrays, metadata = read_arrays(path)
+    if shards.is_index(path):
+        arrays, metadata = shards.read_shards(path), {}
+    else:
+        arrays, metadata = read_arrays(path)
     if not arrays:
         raise UserError(f"{path}: holds no arrays")
     return at(path, arrays, metadata)
@@ -85,11 +95,6 @@ def _weights_in(folder: pathlib.Path) -> pathlib.Path:
     for name in _WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
-    if any(folder.glob("*.index.json")):
-        raise UserError(
-            f"{folder}: the weights are in several shards, which is not read; save the model again"
-            " in one file (save_pretrained(..., max_shard_size='100GB'))"
-        )
     found = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES and p.is_file())
     if len(found) == 1:
         return found[0]
@@ -97,8 +102,9 @@ def _weights_in(folder: pathlib.Path) -> pathlib.Path:
         names = ", ".join(p.name for p in found)
         raise UserError(f"{folder}: holds several files of weights ({names}); name one of them")
     raise UserError(
-        f"{folder}: holds no weights; expected {' or '.join(_WEIGHT_FILES)}, or one file of the"
-        f" kinds {', '.join(_SUFFIXES)}, or a model directory of ours (model.json and weights)"
+        f"{folder}: holds no weights; expected model.safetensors or pytorch_model.bin, or"
+        f" one file of the kinds {', '.join(_SUFFIXES)}, or a model directory of ours (model.json"
+        " and weights)"
     )
 
 

@@ -126,12 +126,23 @@ def from_source(
     attention, reason = inference.attention_of(source, *heads)
     arguments["attention"] = attention
     report.notes += [f"attention {attention}: {reason}"] if attention else []
+    resize = layout.resize
+    if model.reg_tokens and layout.resize_with_registers:
+        resize = layout.resize_with_registers
+    seen = preprocessing.size(source) if layout.any_size else None
+    if seen not in (None, model.image_shape):
+        report.notes.append(
+            f"images of {seen[0]}x{seen[1]}, as preprocessor_config.json says; position embeddings"
+            " are resized for them, as their framework does it"
+        )
+    else:
+        seen = None
     description = {
         "channels": channels,
         "class_names": _class_names(source, model.num_classes),
-        "preprocessing": preprocessing.describe(source, model.image_shape),
+        "preprocessing": preprocessing.describe(source, seen or model.image_shape),
     }
-    return Loaded(arguments, params, norm_stats, description, report, layout.resize)
+    return Loaded(arguments, params, norm_stats, description, report, resize, seen)
 
 
 def _names(file: _File, paths: list[str]) -> set[str]:

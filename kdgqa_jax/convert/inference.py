@@ -322,7 +322,11 @@ def arguments_of(
         options["head_width"] = head_width
     known = [size for size, numbers in vit.SIZES.items() if numbers == fields]
     hidden = {name: told.get(name) for name in ("activation",) if name in told.values}
-    hidden = {**layout.defaults, **hidden}
+    hidden = {
+        **layout.defaults,
+        **(layout.gated_defaults if options["gated_mlp"] else {}),
+        **hidden,
+    }
     defaults = vit.known_options()
     unchanged = {n for n, x in options.items() if n in _PLAIN and x == defaults[n].default}
     if options["qkv_bias"]:  # the default

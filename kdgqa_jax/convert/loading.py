@@ -13,6 +13,7 @@ from kdgqa_jax import checkpoint, layers, paths, vit, workdir
 from kdgqa_jax.attention import VARIANTS, variant_name
 from kdgqa_jax.convert import files, heads
 from kdgqa_jax.convert.adapt import (
+    RESIZING,
     adapt_input_channels,
     grey_patch_embedding,
     resize_pos_embed,
@@ -107,6 +108,8 @@ def load(
     if not allow_nan:
         _refuse_nan(loaded)
 
+    if image_size is None and loaded.seen_size is not None:
+        image_size = loaded.seen_size
     arguments = _wanted(loaded, attention, num_kv_heads, image_size, num_classes, num_heads)
     before, model = _source_model(loaded), vit.create(**arguments)
     arguments["num_kv_heads"] = model.attention.num_kv_heads
@@ -246,10 +249,14 @@ def _fit_images(
     """Position embedding for another grid of patches, patch embedding for other channels."""
     if before.grid != model.grid:
         loaded.params["pos_embed"] = resize_pos_embed(
-            loaded.params["pos_embed"], before.grid, model.grid, model.num_prefix_tokens
+            loaded.params["pos_embed"],
+            before.grid,
+            model.grid,
+            model.num_embedded_prefix_tokens,
+            loaded.resize,
         )
         grids = " to ".join("x".join(map(str, m.grid)) for m in (before, model))
-        loaded.report.changed("pos_embed", f"resized {grids} (bicubic)")
+        loaded.report.changed("pos_embed", f"resized {grids} ({RESIZING[loaded.resize][0]})")
     have = loaded.description["channels"]
     if channels is not None and channels != have:
         _fit_channels(loaded, have, channels)

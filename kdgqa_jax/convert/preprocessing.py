@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdgqa_jax.convert.files import Source
-from kdgqa_jax.convert.sources import timm
+from kdgqa_jax.convert.sources import open_clip, timm
 from kdgqa_jax.errors import UserError, one_line
 from kdgqa_jax.model_json import check_preprocessing
 
@@ -23,8 +23,20 @@ _VIT = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
+_CLIP = {
+    **_VIT,
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": 224,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
 _PROCESSORS: Mapping[str, Mapping[str, Any]] = {
     "ViT": _VIT,
+    "CLIP": _CLIP,
+    "Bit": _CLIP,  # which DINOv2 has
+    "Siglip": {**_VIT, "resample": 3},
     "DeiT": {**_VIT, "size": 256, "resample": 3, "do_center_crop": True},
 }
 """What image processors of transformers do unless their preprocessor_config.json says otherwise."""
@@ -54,7 +66,18 @@ def describe(source: Source, image_shape: tuple[int, int]) -> dict[str, Any] | N
     if timm.is_timm(source.config):
         place = str(source.path.parent / "config.json")
         return _timm(timm.pretrained_cfg(source.config, place), place)
+    beside = source.beside(open_clip.CONFIG_FILE)
+    if beside:
+        return _open_clip(beside, str(source.path.parent / open_clip.CONFIG_FILE))
     return None
+
+
+def size(source: Source) -> tuple[int, int] | None:
+    """(height, width) of the images that a Hugging Face processor gives; None: not said."""
+    if source.metadata or not source.preprocessor:
+        return None
+    place = str(source.path.parent / "preprocessor_config.json")
+    return _HuggingFace(source.preprocessor, place).result()
 
 
 def _of_metadata(source: Source) -> dict[str, Any] | None:
@@ -79,6 +102,8 @@ class _HuggingFace:
         stated = {name: value for name, value in config.items() if value is not None}
         self.known = kind in _PROCESSORS
         self.fields = {**_PROCESSORS.get(kind, {}), **stated}
+        if kind in ("CLIP", "Bit") and type(self.fields["size"]) is int:
+            self.fields["size"] = {"shortest_edge": self.fields["size"]}
         missing = sorted(_VIT.keys() - self.fields.keys())
         if missing:
             raise self.refuse(
@@ -111,6 +136,14 @@ class _HuggingFace:
             "crop_share": share,
             "rounding": "hugging_face",
         }
+
+    def result(self) -> tuple[int, int] | None:
+        """(height, width) of the images that come out, where they are all of one size."""
+        name = "crop_size" if self.fields["do_center_crop"] else "size"
+        value = self.fields.get(name)
+        if isinstance(value, dict) and value.keys() == {"shortest_edge"}:
+            return None
+        return None if value is None else self._sides(name, value)
 
     def _resize(self, shape: tuple[int, int]) -> tuple[str, float]:
         """(resize, crop_share). Raises UserError where they cannot give what is asked for."""
@@ -190,6 +223,23 @@ def _timm(config: dict[str, Any], place: str) -> dict[str, Any] | None:
         "resize": "squash" if mode == "squash" else "shorter_side",
         "crop_share": share,
         "rounding": "timm",
+    }
+
+
+def _open_clip(config: dict[str, Any], place: str) -> dict[str, Any]:
+    """As OpenCLIP's own evaluation transform does it."""
+    found = config.get("preprocess_cfg") or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{place}: preprocess_cfg={_shown(found)} must be a JSON object")
+    said = (found.get("interpolation", "bicubic"), found.get("resize_mode", "shortest"))
+    if said[0] not in ("bicubic", "bilinear") or said[1] not in ("shortest", "squash"):
+        raise UserError(f"{place}: interpolation and resize_mode {_shown(said)} are not done here")
+    return {
+        **{n: _vector(n, found.get(n) or _CLIP[f"image_{n}"], place) for n in ("mean", "std")},
+        "interpolation": said[0],
+        "resize": "squash" if said[1] == "squash" else "shorter_side",
+        "crop_share": 1.0,
+        "rounding": "hugging_face",
     }
 
 

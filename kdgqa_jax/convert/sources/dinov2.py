@@ -70,6 +70,8 @@ _COMMON = {
     "ignored": (r"(embeddings\.)?mask_token",),
     "surgery": _surgery,
     "defaults": {"norm_epsilon": 1e-6},
+    "gated_defaults": {"activation": "silu"},
+    "resize_with_registers": "timm",
 }
 
 # --- the authors' -------------------------------------------------------------------------------
@@ -93,6 +95,7 @@ def _own_surgery(bench: Bench) -> None:
 LAYOUTS = {
     "dinov2_transformers": Layout(
         "Hugging Face DINOv2", _NAMES, renames=_RENAMES, stated=_stated, resize="torch_bicubic",
+        any_size=True,
         **_COMMON,
     ),
     "dinov2": Layout(

@@ -151,10 +151,13 @@ class Layout:
       stated: (config.json, what errors call it) -> what it says of the model.
       fixed: options of `vit.create` that all models of this layout have.
       defaults: those that weights do not show, where nothing beside them says so.
+      gated_defaults: the same, of models with gated MLPs.
       needs: options that weights do not show and that differ between models of this layout.
       only_plain: names alone tell of a plain ViT; whatever else they show fits several models.
       config_file: what lies beside the weights and says of the model.
       resize: how the framework resizes position embeddings, a name in `adapt.RESIZING`.
+      resize_with_registers: that of models with registers, where it is another one.
+      any_size: the framework resizes them for the images that come.
     """
 
     title: str
@@ -167,10 +170,13 @@ class Layout:
     stated: Callable[[dict[str, Any], str], Stated] = _says_nothing
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    gated_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     needs: tuple[str, ...] = ()
     only_plain: bool = False
     config_file: str = "config.json"
     resize: str = "timm"
+    resize_with_registers: str = ""
+    any_size: bool = False
 
     def canonical(self, name: str) -> str:
         """The name of an array of a file as `names` has it."""

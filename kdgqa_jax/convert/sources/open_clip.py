@@ -6,6 +6,7 @@ from kdgqa_jax.convert.sources.layout import Bench, Layout, bias_free_head, numb
 from kdgqa_jax.convert.sources.stated import Stated, Values, checked
 from kdgqa_jax.errors import UserError, one_line
 
+CONFIG_FILE = "open_clip_config.json"
 _NAMES = {
     "cls_token": "class_embedding",
     "pos_embed": "positional_embedding",
@@ -77,7 +78,7 @@ def _stated(config: dict[str, Any], place: str) -> Stated:
 LAYOUTS = {
     "open_clip": Layout(
         "OpenCLIP", _NAMES, renames=_RENAMES, surgery=_surgery, stated=_stated,
-        ignored=(r"text:.*",), config_file="open_clip_config.json",
+        ignored=(r"text:.*",), config_file=CONFIG_FILE,
         fixed={"pre_norm": True, "patch_bias": False},
         needs=("activation",), defaults={"norm_epsilon": 1e-5}, resize="timm",
     )
