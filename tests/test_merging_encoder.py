@@ -257,7 +257,7 @@ def edited(source, folder, **fields):
         ({"is_decoder": True}, "is_decoder=True is not supported; expected False"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
         ({"hidden_act": "gely"}, "unknown activation of .*'gely'"),
-        ({"num_attention_heads": 5}, r"query.weight \(48, 48\) is not that of 5 heads"),
+        ({"num_attention_heads": 5}, r"queries of shape \(48, 48\) are not those of 5 heads"),
     ],
 )
 def test_configs_that_are_refused(make, tmp_path, fields, says):
@@ -272,6 +272,13 @@ def drop(name):
         save_file(arrays, folder / "model.safetensors")
 
     return change
+
+
+def cut(folder):
+    arrays = load_file(folder / "model.safetensors")
+    name = "encoder.layer.1.attention.output.dense.bias"
+    arrays[name] = arrays[name][:-1]
+    save_file(arrays, folder / "model.safetensors")
 
 
 def spoil(folder):
@@ -290,6 +297,7 @@ def spoil(folder):
         (shutil.rmtree, "is not a directory"),
         (drop("encoder.layer.0.attention.self.query.weight"), "holds no layers of an encoder"),
         (drop("encoder.layer.1.attention.self.value.weight"), "holds no encoder.layer.1.atten"),
+        (cut, r"layer.1.attention.output.dense does not fit queries of shape \(48, 48\)"),
         (spoil, "NaN or infinity in encoder.layer.1.attention.self.key"),
     ],
 )
@@ -314,7 +322,7 @@ def test_directories_that_are_refused(make, tmp_path, change, says):
         ((3, "svd", np.ones((2, 21), int)), "21 tokens; the encoder takes at most 20"),
         ((3, "svd", np.full((2, 5), 40)), "token ids from 40 to 40; the encoder knows 0 to 39"),
         ((3, "svd", np.zeros((2, 5), int)), "hold no tokens"),
-        ((3, "svd", np.zeros((0, 5), int)), "empty"),
+        ((3, "svd", np.zeros((0, 5), int)), "holds no inputs; expected token ids"),
     ],
 )
 def test_requests_that_are_refused(make, tmp_path, monkeypatch, arguments, says):

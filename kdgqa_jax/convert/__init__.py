@@ -12,8 +12,9 @@ with less loss, by a rule of merging_rules.py and moments.py that calibration.py
 refitting.py lets the output projections follow. loading.py puts all together, and exporting.py goes
 back to PyTorch names.
 
-Encoders of transformers: encoders.py is the table of them, encoder_forward.py computes them,
-encoder_inputs.py makes what they take, merging_encoder.py merges their heads.
+Encoders of transformers: encoder_table.py says what they call their parts, encoders.py reads them,
+encoder_forward.py computes them, encoder_inputs.py makes what they take, merging_encoder.py merges
+their heads.
 """
 
 from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed

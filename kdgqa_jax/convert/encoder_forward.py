@@ -1,4 +1,4 @@
-"""What the encoders of encoders.py compute, in JAX, with as many key/value heads as one likes.
+"""What the encoders of encoder_table.py compute, in JAX, with as many key/value heads as one likes.
 
 B  batch    T  tokens    D  model width    N  query heads    K  key/value heads    H  head width
 """
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdgqa_jax.convert.encoders import ACTIVATIONS as NAMES
+from kdgqa_jax.convert.encoder_table import ACTIVATIONS as NAMES
 from kdgqa_jax.convert.encoders import Encoder
 from kdgqa_jax.kernels import grouped_attention
 from kdgqa_jax.parts import ACTIVATIONS, gelu

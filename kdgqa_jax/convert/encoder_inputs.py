@@ -70,7 +70,7 @@ def batches(inputs: np.ndarray, encoder: Encoder, name: str = "calibration") -> 
     """
     check = _check_ids if encoder.architecture.takes == "token ids" else _check_features
     if not isinstance(inputs, np.ndarray) or not len(inputs):
-        raise UserError(f"{name}: expected an array of {encoder.architecture.takes}, not an empty")
+        raise UserError(f"{name}: holds no inputs; expected {encoder.architecture.takes}, (n, ...)")
     check(inputs, encoder, name)
     parts = (inputs[i : i + BATCH] for i in range(0, len(inputs), BATCH))
     if encoder.architecture.takes == "features":

@@ -117,7 +117,7 @@ def merge_encoder(
     """Read an encoder and give it fewer key/value heads.
 
     Args:
-      source: a directory that transformers has written, see `encoders.ARCHITECTURES`.
+      source: a directory that transformers has written, see `encoder_table.ARCHITECTURES`.
       num_kv_heads: K; divides the number of heads. K == N changes nothing.
       pooling: "mean", or a rule of `MERGING`.
       calibration: inputs to merge by: a file, see `encoder_inputs.read`, or an array, see
@@ -136,7 +136,9 @@ def merge_encoder(
     heads = encoder.config["num_heads"]
     check_groups(heads, num_kv_heads)
     attention = [encoder.attention(i) for i in range(encoder.depth)]
-    what = f"{encoder.kind}: {encoder.depth} layers, {heads} to {num_kv_heads} key/value heads"
+    side = encoder.architecture.side
+    what = f"{encoder.kind}{f' ({side})' if side else ''}: {encoder.depth} layers"
+    what += f", {heads} to {num_kv_heads} key/value heads"
     if pooling == "mean":
         pooled = [_mean(layer, num_kv_heads) for layer in attention]
         return MergedEncoder(encoder, pooled, [], [f"{what} (mean)", _sizes(encoder, num_kv_heads)])
