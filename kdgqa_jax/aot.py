@@ -92,6 +92,7 @@ class Costs:
       collectives: (how many, bytes of their results) by kind.
       carried: of these bytes, by kind and part of the program.
       unpriced: elements of gathers and scatters that the estimate leaves out.
+      kernels: how often kernels are called, by part of the program; it leaves them out, too.
     """
 
     temporary_bytes: int
@@ -102,6 +103,7 @@ class Costs:
     collectives: dict[str, tuple[int, int]]
     carried: dict[str, dict[str, int]]
     unpriced: int
+    kernels: dict[str, int]
 
     @property
     def memory_bytes(self) -> int:
@@ -126,7 +128,7 @@ def read(compiled: jax.stages.Compiled) -> Costs:
     cycles: collections.Counter[str] = collections.Counter()
     exchanged: dict[str, tuple[int, int]] = {}
     carried: dict[str, dict[str, int]] = {}
-    unpriced = 0
+    unpriced, kernels = 0, collections.Counter[str]()
     for operation, times in _executed(computations):
         if priced := re.search(r'"estimated_cycles":"(\d+)"', operation.text):
             cycles[_part(operation.name)] += int(priced[1]) * times
@@ -134,6 +136,8 @@ def read(compiled: jax.stages.Compiled) -> Costs:
             inside = [operation, *computations.get(operation.calls, [])]
             reads = [o for o in inside if o.kind in ("gather", "scatter")]
             unpriced += times * sum(math.prod(o.shapes[0][1]) for o in reads)
+        if 'custom_call_target="tpu_custom_call"' in operation.text:
+            kernels[_part(operation.name)] += times
         if match := re.fullmatch(_COLLECTIVE, operation.kind):
             count, size = exchanged.get(match[1], (0, 0))
             results = sum(_BYTES.get(d, 4) * math.prod(shape) for d, shape in operation.shapes)
@@ -149,6 +153,7 @@ def read(compiled: jax.stages.Compiled) -> Costs:
         collectives=exchanged,
         carried=carried,
         unpriced=unpriced,
+        kernels=dict(kernels),
     )
 
 

@@ -65,7 +65,7 @@ def compile_for_slice(
 
     Returns:
       Per row: name, images per chip, chips, fits, and where it compiles the fields of `aot.Costs`
-      with seconds (estimated, of a step), utilisation, flops and bytes_accessed (of a chip, by the
+      with seconds (estimated, of a step but for `kernels`), utilisation, flops and bytes_accessed (of a chip, by the
       compiler) and compile_seconds; where it does not, why.
 
     Raises:
@@ -156,13 +156,19 @@ def _print(rows: list[dict[str, Any]], topology: str) -> None:
                 row["name"],
                 images,
                 memory,
-                f"{1000 * row['seconds']:.1f} ms",
+                f"{1000 * row['seconds']:.1f} ms{_kernels(row)}",
                 f"{row['utilisation']:.0%}",
                 "; ".join(exchanged) or "none",
                 f"{row['compile_seconds']:.0f} s",
             ]
         )
     table(header, lines, f"by the compiler's estimates, {rows[0]['chips']} chips of {topology}")
+
+
+def _kernels(row: dict[str, Any]) -> str:
+    """What an estimate leaves out, for which the compiler has no price."""
+    calls = sum(row["kernels"].values())
+    return f" and {calls} kernels" if calls else ""
 
 
 # --- The process that compiles -------------------------------------------------------------------

@@ -32,6 +32,7 @@ ENTRY %main (a: f32[4,8]) -> f32[2] {
   %f = f32[4]{0} fusion(%a), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/augmentation/gather"}
   %loop = (s32[], bf16[4,8]{1,0}) while(%f), condition=%more, body=%layer, backend_config={"known_trip_count":{"n":"12"}}
   %gather = f32[64]{0} all-gather(%a), dimensions={0}
+  %kernel = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/jvp(V)/blocks_0/attn/pallas_call"}
   ROOT %update = f32[2]{0} add(%a, %a), metadata={op_name="jit(f)/optimizer/add"}, backend_config={"estimated_cycles":"7"}
 }
 """  # noqa: E501
@@ -51,7 +52,7 @@ def test_cycles_collectives_and_what_is_not_priced():
     assert costs.cycles == {"attention, backward": 1200, "optimizer": 7}
     assert costs.collectives == {"all-reduce": (12, 12 * (64 + 4)), "all-gather": (1, 256)}
     assert costs.carried == {"all-reduce": {"other": 12 * 68}, "all-gather": {"other": 256}}
-    assert costs.unpriced == 4
+    assert costs.unpriced == 4 and costs.kernels == {"attention, forward": 1}
 
 
 @pytest.mark.parametrize("build", [aot.abstract_train_step, aot.abstract_eval_step])

@@ -17,7 +17,7 @@ memory = 10**9 + count * {per_image}
 answer = {{"per_chip_batch": count, "chips": 4, "fits": memory <= 16 * 2**30}}
 if answer["fits"]:
     answer |= {{"memory_bytes": memory, "seconds": 0.01, "utilisation": 0.25, "asked": request}}
-    answer |= {{"compile_seconds": 3.0, "collectives": {{"all-reduce": [2, 2**20]}}}}
+    answer |= {{"compile_seconds": 3.0, "collectives": {{"all-reduce": [2, 2**20]}}, "kernels": {{"a": 36}}}}
 else:
     answer["why"] = "too much"
 if "{error}" in request["overrides"]:
@@ -51,7 +51,7 @@ def test_rows_are_compared_and_written(compiler, tmp_path, capsys):
     assert rows[1]["asked"]["overrides"] == ["--config.batch_size=8", *more]
     assert rows[0]["asked"]["step"] == "train" and rows[0]["asked"]["topology"] == "v5e:2x2"
     shown = capsys.readouterr().out
-    assert "10.0 ms" in shown and "25%" in shown and "2 all-reduce, 1 MiB" in shown
+    assert "10.0 ms and 36 kernels" in shown and "25%" in shown and "2 all-reduce, 1 MiB" in shown
 
 
 @pytest.mark.parametrize("per_image", [2**24, 10**8, 2**26, 2**30])
