@@ -65,8 +65,8 @@ def compile_for_slice(
 
     Returns:
       Per row: name, images per chip, chips, fits, and where it compiles the fields of `aot.Costs`
-      with seconds (estimated, of a step but for `kernels`), utilisation, flops and bytes_accessed (of a chip, by the
-      compiler) and compile_seconds; where it does not, why.
+      with seconds (estimated, of a step but for its `kernels`), utilisation, flops and
+      bytes_accessed (of a chip, by the compiler) and compile_seconds; where it does not, why.
 
     Raises:
       UserError: an unknown chip, no libtpu, or a config that cannot be compiled.
