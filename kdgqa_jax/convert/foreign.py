@@ -92,7 +92,10 @@ def from_source(
         if (found := layout.theirs(path)) and found[0] in names
     }
     structure = inference.structure_of(layout, file.arrays, told, source.path)
-    paths = inference.parameter_paths(depth, **structure)
+    try:
+        paths = inference.parameter_paths(depth, **structure)
+    except UserError as error:  # options that do not go together
+        raise UserError(f"{told.place} describes no ViT ({error})") from None
     exact = _names(file, paths) == names - set(caches.values())
     if layout.only_plain and not told.complete and not exact:
         # Not another architecture, but a plain ViT with something missing or left over.

@@ -242,6 +242,8 @@ def extras(structure: dict[str, Any]) -> list[str]:
     named = [f"{name}={structure[name]!r}" for name in _PLAIN if structure[name] != _PLAIN[name]]
     if structure["pool"] == "map":
         named.append("pool='map'")
+    if not structure["class_token"] and not structure["qkv_bias"]:  # as timm's res-post-norm ViT
+        named += ["class_token=False", "qkv_bias=False"]
     return named
 
 
