@@ -206,7 +206,7 @@ ENCODER_OPTIONS: dict[str, dict] = {
 }
 """What `kdgqa merge-encoder` takes beside --calibration."""
 
-_NAMES = {"metavar": "NAME", "nargs": "+", "default": []}
+_NAMES = {"metavar": "N", "nargs": "+", "default": []}
 CONVERT_OPTIONS: dict[str, dict] = {
     "attention": {"help": "variant; none: that of the source"},
     "num_kv_heads": {"type": POSITIVE, "help": "key/value heads; none: kept (of mha: half)"},
@@ -216,12 +216,12 @@ CONVERT_OPTIONS: dict[str, dict] = {
     "image_size": {"type": IMAGE_SIZE, "help": "SIDE or HEIGHTxWIDTH; none: as it is"},
     "num_classes": {"type": COUNT, "help": "of a new head; none: as it is"},
     "num_heads": {"type": POSITIVE, "help": "query heads, where the source does not tell"},
-    "arch": {"help": "timm's name, where weights fit several"},
+    "arch": {"help": "timm's name, for weights that lie alone"},
     "channels": {"type": POSITIVE, "help": "of images; none: as it is"},
     "mean": {"type": NUMBERS, "help": "of pixels in 0..1, with commas"},
     "std": {"type": NUMBERS, "help": "of pixels in 0..1, with commas"},
-    "allow_missing": {**_NAMES, "help": "may be missing: newly initialised"},
-    "allow_left_over": {**_NAMES, "help": "may be in the source, unused"},
+    "allow_missing": {**_NAMES, "help": "names that may be missing: new"},
+    "allow_left_over": {**_NAMES, "help": "names that may be unused"},
     "allow_nan": {"action": "store_true", "default": False, "help": "accept NaN and infinity"},
 }
 """The options of `convert.load`."""

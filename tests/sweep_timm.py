@@ -4,8 +4,8 @@
     python tests/sweep_timm.py --table docs/checkpoints.md
     python tests/sweep_timm.py --goldens tests/goldens/timm_architectures.json
 
-The second form also writes the table of that page. The third writes what timm says of `SPREAD`,
-for tests where there is no timm: config.json, names and shapes, and logits; the weights follow from
+The second form also writes the table of that page. The third writes what timm says of `SPREAD`, for
+tests where there is no timm: config.json, names and shapes, and logits; the weights follow from
 names and shapes (`weights`).
 
 Every entry point of timm's `vision_transformer` and `deit` modules is built with two layers, heads

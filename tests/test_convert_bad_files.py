@@ -275,12 +275,15 @@ def test_heads_are_those_of_the_config(capsys, tmp_path, hf):
     assert "has 6 query heads, not 3" in refused(capsys, tmp_path, hf, "--num-heads", "3")
 
 
-def test_shards_are_refused(capsys, tmp_path, weights):
+def test_shards_without_an_index_are_refused(capsys, tmp_path, weights):
     (tmp_path / "a").mkdir()
     for i in (1, 2):
         save_file(weights, tmp_path / "a" / f"model-0000{i}-of-00002.safetensors")
     (tmp_path / "a" / "model.safetensors.index.json").write_text("{}")
-    assert "in several shards" in refused(capsys, tmp_path, tmp_path / "a")
+    assert "no index of shards" in refused(capsys, tmp_path, tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors.index.json").unlink()
+    said = refused(capsys, tmp_path, tmp_path / "a")
+    assert "several files of weights (model-00001-of-00002.safetensors" in said
 
 
 def test_others_may_read_what_was_written(sound):

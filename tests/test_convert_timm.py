@@ -62,7 +62,7 @@ def test_bare_weights_of_more_than_a_plain_vit_need_the_name(directory, name):
     structure = ("vit_tiny", "deit_tiny_distilled", "eva_", "vit_base_patch16_224_miil")
     if name.startswith(structure):
         assert convert.load(file, num_heads=heads).model == with_config.model
-    elif name != "vit_base_patch16_rpn_224":  # whose weights are those of another
+    else:
         with pytest.raises(UserError) as error:
             convert.load(file, num_heads=heads)
         assert "\n" not in str(error.value)

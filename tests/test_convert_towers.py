@@ -173,6 +173,18 @@ def test_clip_without_a_config_is_ambiguous(capsys, tmp_path):
     agree("clip", model, part, convert.load(source, num_heads=6, arch=arch), 32)
 
 
+def test_channels_without_a_bias_of_the_patches(capsys, tmp_path):
+    """The mean of each channel has nowhere to go."""
+    model, _ = tower("clip")
+    model.save_pretrained(tmp_path / "a")
+    processor = {"image_processor_type": "CLIPImageProcessor", "crop_size": 32, "size": 32}
+    (tmp_path / "a" / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert "has no bias" in refused(capsys, tmp_path, tmp_path / "a", "--channels", "1")
+    alike = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "a" / "preprocessor_config.json").write_text(json.dumps({**processor, **alike}))
+    assert convert.load(tmp_path / "a", channels=1).description["channels"] == 1
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

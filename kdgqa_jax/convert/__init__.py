@@ -4,13 +4,13 @@
     print(converted.report)
     converted.save("vit_base_kdgqa")     # a model directory
 
-files.py reads what is at a place, formats.py the arrays in a file; sources/ knows, a file for each
-framework, what it calls them, how they become ours and what is said beside them; preprocessing.py
-how images were prepared. inference.py finds out the architecture, adapt.py changes sizes. heads.py
-makes fewer key/value heads: pooling.py pools them, merging.py (merging_vit.py all layers) does so
-with less loss, by a rule of merging_rules.py and moments.py that calibration.py gathers, and
-refitting.py lets the output projections follow. loading.py puts all together, and exporting.py goes
-back to PyTorch names.
+files.py reads what is at a place, formats.py and shards.py the arrays in files; sources/ knows, a
+file for each framework, what it calls them, how they become ours and what is said beside them;
+preprocessing.py how images were prepared. structure.py and inference.py find out the architecture,
+adapt.py changes sizes. heads.py makes fewer key/value heads: pooling.py pools them, merging.py
+(merging_vit.py all layers) does so with less loss, by a rule of merging_rules.py and moments.py that
+calibration.py gathers, and refitting.py lets the output projections follow. loading.py puts all
+together, and exporting.py goes back to PyTorch names.
 
 Encoders of transformers: encoder_table.py says what they call their parts, encoders.py reads them,
 encoder_forward.py computes them, encoder_inputs.py makes what they take, merging_encoder.py merges

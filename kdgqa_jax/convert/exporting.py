@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from kdgqa_jax import checkpoint, layers, options, vit, workdir
-from kdgqa_jax.convert import files, foreign, inference
+from kdgqa_jax.convert import files, foreign, structure
 from kdgqa_jax.convert.formats import METADATA_KEY, Arrays
 from kdgqa_jax.convert.sources import LAYOUTS
 from kdgqa_jax.errors import UserError, unknown
@@ -165,7 +165,7 @@ def _lost(
         found = _read_again(files.at(path, arrays, metadata), model.attention.num_heads)
     except UserError as error:
         more = {name: own[name] for name in ("norm_pooled", "head_width") if own[name] is not None}
-        more = [*inference.extras(own), *(f"{name}={value!r}" for name, value in more.items())]
+        more = [*structure.extras(own), *(f"{name}={value!r}" for name, value in more.items())]
         return more or [f"what reading it takes ({error})"]
     variant = found.arguments["attention"]
     if variant not in (None, own["attention"]):

@@ -12,6 +12,7 @@ import numpy as np
 
 from kdgqa_jax import allocation, model_json, vit
 from kdgqa_jax.convert import files, inference, preprocessing
+from kdgqa_jax.convert import structure as structures
 from kdgqa_jax.convert.conversion_report import ConversionReport
 from kdgqa_jax.convert.formats import first_line
 from kdgqa_jax.convert.sources.layout import Bench, Layout
@@ -91,13 +92,16 @@ def from_source(
         for path in (f"blocks_{i}/attn/key_norm" for i in range(depth))
         if (found := layout.theirs(path)) and found[0] in names
     }
-    structure = inference.structure_of(layout, file.arrays, told, source.path)
-    paths = inference.parameter_paths(depth, **structure)
+    structure = structures.structure_of(layout, file.arrays, told, source.path)
+    try:
+        paths = structures.parameter_paths(depth, **structure)
+    except UserError as error:  # options that do not go together
+        raise UserError(f"{told.place} describes no ViT ({error})") from None
     exact = _names(file, paths) == names - set(caches.values())
     if layout.only_plain and not told.complete and not exact:
         # Not another architecture, but a plain ViT with something missing or left over.
-        structure = inference.plain(structure)
-        paths = inference.parameter_paths(depth, **structure)
+        structure = structures.plain(structure)
+        paths = structures.parameter_paths(depth, **structure)
     left_over = _check_names(file, paths, set(caches.values()), allow_missing, allow_left_over)
     _check_ambiguous(file, structure, told)
 
@@ -154,7 +158,7 @@ def _check_ambiguous(file: _File, structure: dict[str, Any], told: Stated) -> No
     """Raise UserError where the weights fit several models that compute different things."""
     layout = file.layout
     unknown = [name for name in layout.needs if name not in told.values]
-    more = inference.extras(structure) if layout.only_plain and not told.complete else []
+    more = structures.extras(structure) if layout.only_plain and not told.complete else []
     if unknown or more:
         what = f"leave {', '.join(unknown)} open" if unknown else f"({', '.join(more)}) fit several"
         raise file.refuse(

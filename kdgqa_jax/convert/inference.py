@@ -1,24 +1,20 @@
 """The architecture of a checkpoint, from names and shapes of arrays and what lies beside them."""
 
-import functools
 import math
 import re
 from collections.abc import Callable
 from typing import Any
 
-import flax.traverse_util
-import jax
 import numpy as np
 
 from kdgqa_jax import vit
 from kdgqa_jax.attention import ALIASES, VARIANTS, variant_name
 from kdgqa_jax.convert.files import Source
-from kdgqa_jax.convert.formats import Arrays
 from kdgqa_jax.convert.sources import LAYOUTS, timm
 from kdgqa_jax.convert.sources.layout import Bench, Layout
 from kdgqa_jax.convert.sources.stated import Stated, of_metadata
+from kdgqa_jax.convert.structure import PLAIN, all_paths
 from kdgqa_jax.errors import UserError, some
-from kdgqa_jax.pools import NORMALISED
 
 HEADS_BY_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Query heads of the ViTs (Ti, S, B, L, H) that have these widths."""
@@ -39,7 +35,7 @@ def recognise(source: Source) -> tuple[Layout, Bench]:
     for layout in LAYOUTS.values():
         bench = layout.bench(source.arrays)
         blocks = layout.block_numbers(bench.arrays)
-        known = {place[0] for ours in _paths(len(blocks)) if (place := layout.theirs(ours))}
+        known = {place[0] for ours in all_paths(len(blocks)) if (place := layout.theirs(ours))}
         count = sum(name in known or layout.ignores(name) for name in bench.arrays)
         if blocks and count > most:
             best, most, found = layout, count, bench
@@ -62,42 +58,6 @@ def recognise(source: Source) -> tuple[Layout, Bench]:
             " the model that is meant alone"
         )
     return best, found
-
-
-@functools.cache
-def _leaves(**structure: Any) -> tuple[str, ...]:
-    """The parameter paths of a model of one block."""
-    model = vit.create(
-        "custom/1", width=1, depth=1, num_heads=1, mlp_width=1, image_size=1, **structure
-    )
-    shapes = jax.eval_shape(lambda: vit.init_variables(model, jax.random.key(0)))
-    return tuple(flax.traverse_util.flatten_dict(shapes["params"], sep="/"))
-
-
-def parameter_paths(depth: int, **structure: Any) -> list[str]:
-    """The paths of all parameters of a model with `depth` blocks and the options of `structure`."""
-    paths = []
-    for leaf in _leaves(**structure):
-        if leaf.startswith("blocks_0/"):
-            paths += [f"blocks_{i}/{leaf.removeprefix('blocks_0/')}" for i in range(depth)]
-        else:
-            paths.append(leaf)
-    return paths
-
-
-_EVERYTHING: dict[str, Any] = {
-    "num_classes": 1, "reg_tokens": 1, "pre_norm": True, "embed_norm": True, "layer_scale": 1.0,
-    "qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "gated_mlp": True,
-}  # fmt: skip
-
-
-def _paths(depth: int) -> list[str]:
-    """The paths that a model of any structure may have."""
-    several = (
-        {"representation_size": 1, "distillation": "head"}, {"pool": "avg"}, {"pool": "map"},
-    )  # fmt: skip
-    paths = (path for more in several for path in parameter_paths(depth, **_EVERYTHING, **more))
-    return list(dict.fromkeys(paths))
 
 
 # --- what is said -------------------------------------------------------------------------------
@@ -129,120 +89,6 @@ def stated(
 
 
 _SAYS_ARCHITECTURE = {"architecture", "model_type", "model_cfg"}
-
-
-# --- structure ----------------------------------------------------------------------------------
-
-_PLAIN: dict[str, Any] = {
-    "reg_tokens": 0, "pre_norm": False, "embed_norm": False, "layer_scale": 0.0, "qk_norm": False,
-    "scale_attn_norm": False, "scale_mlp_norm": False, "gated_mlp": False, "final_norm": True,
-    "patch_bias": True, "proj_bias": True, "mlp_bias": True, "norm": "layernorm",
-    "block": "pre_norm", "no_embed_class": False, "pool_include_prefix": False,
-}  # fmt: skip
-"""What a ViT has where neither names nor anything beside the weights say something else."""
-
-
-def structure_of(layout: Layout, arrays: Arrays, told: Stated, path: Any) -> dict[str, Any]:
-    """The options of `vit.create` that say which parameters there are.
-
-    What names show, unless something is stated: where the two differ, names are then missing or
-    left over.
-
-    Raises UserError: shown and stated differ where that would not be told by names.
-    """
-
-    def theirs(ours: str) -> str | None:
-        found = layout.theirs(ours)
-        return found[0] if found is not None and found[0] in arrays else None
-
-    def has(module: str, leaves: tuple[str, ...] = ("kernel", "scale", "bias")) -> bool:
-        return any(theirs(f"{module}/{leaf}") for leaf in leaves)
-
-    numbers = sorted(layout.block_numbers(arrays))
-
-    def any_block(module: str, leaves: tuple[str, ...] = ("kernel", "scale", "bias")) -> bool:
-        return any(has(f"blocks_{i}/{module}", leaves) for i in numbers)
-
-    def one_of(name: str) -> bool:
-        return any(theirs(f"blocks_{i}/{name}") for i in numbers)
-
-    registers = theirs("reg_token")
-    distilled = ("head" if has("head_dist") else "token") if theirs("dist_token") else "none"
-    pooled = has("fc_norm") and not has("norm")
-    pool = "map" if theirs("attn_pool/latent") else "avg" if pooled else "token"
-    shown = {
-        "distillation": distilled,
-        "reg_tokens": max(arrays[registers].shape[-2:-1], default=1) if registers else 0,
-        "pre_norm": has("norm_pre"),
-        "embed_norm": has("patch_norm"),
-        "layer_scale": 1e-5 if one_of("ls1") or one_of("ls2") else 0.0,
-        "qk_norm": any_block("attn/q_norm"),
-        "scale_attn_norm": any_block("attn/norm"),
-        "scale_mlp_norm": any_block("mlp/norm"),
-        "gated_mlp": any_block("mlp/gate"),
-        "qkv_bias": any(any_block(f"attn/{x}", ("bias",)) for x in ("query", "key", "value")),
-    }
-    told.check(_comparable(shown, told), path.name)
-    if "map" in (pool, told.get("pool")):
-        told.check({"pool": pool if pool == "map" else "another"}, path.name)
-    names = (*_PLAIN, "class_token", "pool", "qkv_bias")
-    structure = {
-        **_PLAIN,
-        "pool": pool,
-        "class_token": theirs("cls_token") is not None or not (pooled or pool == "map"),
-        **shown,
-        **{name: told.get(name) for name in names if name in told.values},
-        "num_classes": int(has("head")),
-        "representation_size": int(has("pre_logits")),
-        **layout.fixed,
-    }
-    if "norm_pooled" in layout.fixed:
-        return structure
-    normed = structure["final_norm"] and (has("norm") or has("fc_norm"))
-    return structure | _final_norm(structure["pool"], told, pooled if normed else None)
-
-
-def _comparable(shown: dict[str, Any], told: Stated) -> dict[str, Any]:
-    """What names show, but for what a source states in another way."""
-    if told.get("distillation") == "token" and shown["distillation"] == "head":
-        shown = {**shown, "distillation": "token"}  # the second head is no part of what timm says
-    if told.get("layer_scale") and shown["layer_scale"]:
-        shown = {**shown, "layer_scale": told.get("layer_scale")}  # its initial value is not shown
-    return shown
-
-
-def _final_norm(pool: str, told: Stated, pooled: bool | None) -> dict[str, Any]:
-    """`norm_pooled` where it is not what the pool says.
-
-    Args:
-      pool: of the model.
-      told: what is stated.
-      pooled: the norm in the weights is of what is pooled; None: there is no norm.
-    """
-    usual = pool in NORMALISED
-    stated = told.get("norm_pooled", usual) if "pool" in told.values else pooled
-    if pooled not in (None, stated):
-        by, _ = told.values.get("norm_pooled", ("", None))
-        also = f" and fc_norm={stated}" if by == "fc_norm" else ""
-        names = {True: "fc_norm", False: "norm"}
-        raise UserError(
-            f"{told.place}: global_pool={pool!r}{also}, but the final norm in the weights is"
-            f" {names[pooled]!r}; with that pool it is {names[stated]!r}"
-        )
-    return {} if stated in (None, usual) else {"norm_pooled": stated}
-
-
-def plain(structure: dict[str, Any]) -> dict[str, Any]:
-    """The structure without what makes it more than a plain ViT."""
-    return {**structure, **_PLAIN}
-
-
-def extras(structure: dict[str, Any]) -> list[str]:
-    """The options of a structure that make it more than a plain ViT."""
-    named = [f"{name}={structure[name]!r}" for name in _PLAIN if structure[name] != _PLAIN[name]]
-    if structure["pool"] == "map":
-        named.append("pool='map'")
-    return named
 
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -328,7 +174,7 @@ def arguments_of(
         **hidden,
     }
     defaults = vit.known_options()
-    unchanged = {n for n, x in options.items() if n in _PLAIN and x == defaults[n].default}
+    unchanged = {n for n, x in options.items() if n in PLAIN and x == defaults[n].default}
     if options["qkv_bias"]:  # the default
         unchanged.add("qkv_bias")
     arguments = {

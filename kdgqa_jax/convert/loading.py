@@ -269,6 +269,12 @@ def _fit_channels(loaded: Loaded, have: int, channels: int) -> None:
     fitted = adapt_input_channels(loaded.params[kernel], channels)
     statistics = {name: np.ravel(preprocessing.get(name, 0.5)) for name in ("mean", "std")}
     if channels == 1 and any(np.ptp(values) for values in statistics.values()):
+        if bias not in loaded.params:
+            raise UserError(
+                f"{loaded.report.source}: the patch embedding has no bias, so a mean and std for"
+                " each channel cannot become one of each; leave --channels out and give colour"
+                " images whose channels are alike"
+            )
         mean, std = (_per_channel(name, statistics[name], have) for name in ("mean", "std"))
         fitted, loaded.params[bias], mean, std = grey_patch_embedding(
             loaded.params[kernel], loaded.params[bias], mean, std
