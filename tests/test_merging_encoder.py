@@ -318,6 +318,8 @@ def test_directories_that_are_refused(make, tmp_path, change, says):
         ((3, "svd", "texts.csv"), r"expected .txt with a text in each line, or .npy with token"),
         ((3, "svd", "empty.txt"), "empty.txt holds no text"),
         ((3, "svd", "text.npy"), "text.npy cannot be read"),
+        ((3, "svd", "archive.npy"), "archive.npy cannot be read .*no array of inputs"),
+        ((3, "svd", "number.npy"), "number.npy cannot be read .*no array of inputs"),
         ((3, "svd", np.ones((2, 5))), r"float64 \(2, 5\); expected token ids"),
         ((3, "svd", np.ones((2, 21), int)), "21 tokens; the encoder takes at most 20"),
         ((3, "svd", np.full((2, 5), 40)), "token ids from 40 to 40; the encoder knows 0 to 39"),
@@ -330,6 +332,9 @@ def test_requests_that_are_refused(make, tmp_path, monkeypatch, arguments, says)
     for name in ("texts.txt", "text.npy"):
         (tmp_path / name).write_text("word1 word2")
     (tmp_path / "empty.txt").write_text("\n \n")
+    np.save("number.npy", np.ones((), int))
+    np.savez("archive.npz", np.ones((2, 5), int))
+    (tmp_path / "archive.npz").rename("archive.npy")
     with pytest.raises(UserError, match=says):
         convert.merge_encoder(make("bert").path, *arguments)
 

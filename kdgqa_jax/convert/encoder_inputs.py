@@ -43,6 +43,8 @@ def read(place: str, encoder: Encoder, count: int = 512, seed: int = 0) -> list[
     try:
         if suffix == ".npy":
             inputs = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(inputs, np.ndarray) or not inputs.ndim:
+                raise ValueError("no array of inputs")
             return batches(_chosen(inputs, count, seed), encoder, str(place))
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError, EOFError) as error:
@@ -69,7 +71,7 @@ def batches(inputs: np.ndarray, encoder: Encoder, name: str = "calibration") -> 
       UserError: inputs of another kind, shape or range.
     """
     check = _check_ids if encoder.architecture.takes == "token ids" else _check_features
-    if not isinstance(inputs, np.ndarray) or not len(inputs):
+    if not inputs.size:
         raise UserError(f"{name}: holds no inputs; expected {encoder.architecture.takes}, (n, ...)")
     check(inputs, encoder, name)
     parts = (inputs[i : i + BATCH] for i in range(0, len(inputs), BATCH))
@@ -93,8 +95,6 @@ def real_tokens(ids: np.ndarray, encoder: Encoder) -> np.ndarray:
 
 def _chosen(inputs: Any, count: int, seed: int) -> Any:
     """Those at the positions that a shuffle by the seed puts first, in their order."""
-    if isinstance(inputs, np.ndarray) and not inputs.ndim:
-        return inputs
     first = np.sort(np.random.default_rng(seed).permutation(len(inputs))[:count])
     return inputs[first] if isinstance(inputs, np.ndarray) else [inputs[i] for i in first]
 

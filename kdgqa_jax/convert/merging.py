@@ -318,10 +318,14 @@ def _head_means(projection: Mapping[str, np.ndarray], moments: InputMoments) -> 
 
 def _check_moments(moments: InputMoments, width: int) -> None:
     if moments.tokens <= 0:
-        raise UserError("the moments to merge heads by hold no tokens; give calibration images")
+        raise UserError(
+            "the moments to merge heads by hold no tokens; give others to calibrate with"
+        )
     if moments.total.shape != (width,):
         raise UserError(
             f"moments of {len(moments.total)} features do not fit a layer of width {width}"
         )
     if not all(np.isfinite(x).all() for x in (moments.total, moments.within, moments.between)):
-        raise UserError("the moments to merge heads by hold NaN or infinity; check the images")
+        raise UserError(
+            "the moments to merge heads by hold NaN or infinity; check the calibration data"
+        )
