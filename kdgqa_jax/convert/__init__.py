@@ -8,9 +8,9 @@ files.py reads what is at a place, formats.py and shards.py the arrays in files;
 file for each framework, what it calls them, how they become ours and what is said beside them;
 preprocessing.py how images were prepared. structure.py and inference.py find out the architecture,
 adapt.py changes sizes. heads.py makes fewer key/value heads: pooling.py pools them, merging.py
-(merging_vit.py all layers) does so with less loss, by a rule of merging_rules.py and moments.py that
-calibration.py gathers, and refitting.py lets the output projections follow. loading.py puts all
-together, and exporting.py goes back to PyTorch names.
+(merging_vit.py all layers) does so with less loss, by a rule of merging_rules.py and by moments.py
+that calibration.py gathers, and refitting.py lets the output projections follow. loading.py puts
+all together, and exporting.py goes back to PyTorch names.
 
 Encoders of transformers: encoder_table.py says what they call their parts, encoders.py reads them,
 encoder_forward.py computes them, encoder_inputs.py makes what they take, merging_encoder.py merges
