@@ -1,6 +1,6 @@
 """A small ViT on Fashion-MNIST: `kdgqa train --config docs/fashion_mnist.py:job=pretrain ...`.
 
-Jobs: pretrain (4 epochs), uptrain (1 epoch, goes on with the same images) and finetune (2 epochs on
+Jobs: pretrain (4 epochs), uptrain (1 epoch, on the same images) and finetune (2 epochs on
 images that are turned by 90 degrees and negative). What came out: docs/fashion_mnist.md.
 """
 

@@ -119,7 +119,7 @@ def test_all_missing_and_left_over_names_are_told_at_once(capsys, tmp_path, weig
     save_file(weights, tmp_path / "a.safetensors")
     said = refused(capsys, tmp_path, tmp_path / "a.safetensors", "--num-heads", "6")
     assert (
-        "missing (--allow-missing NAME starts it anew): blocks.1.mlp.fc2.bias, norm.weight;" in said
+        "missing (--allow-missing NAME initialises it): blocks.1.mlp.fc2.bias, norm.weight;" in said
     )
     assert "left over (--allow-left-over NAME ignores it): blocks.0.ls1.gamma, extra.a" in said
 
@@ -195,7 +195,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(capsys, tmp_path, weights, zipp
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "how many query heads a model of width 48 has cannot be told"),
+        ([], "how many query heads a model of width 48 has is not known"),
         (["--num-heads", "7"], "width 48 is not a multiple of 7 heads"),
         (
             ["--num-heads", "6", "--attention", "gqa", "--num-kv-heads", "4"],

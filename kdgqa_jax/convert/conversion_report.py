@@ -36,7 +36,7 @@ class ConversionReport:
         self.entries[name].how.append(how)
 
     def renew(self, name: str, how: str) -> None:
-        """A parameter starts anew."""
+        """A parameter is newly initialised."""
         self.entries[name] = Entry("", how=[how])
 
     def drop(self, name: str) -> None:
@@ -71,9 +71,9 @@ class ConversionReport:
     def to_json(self) -> dict[str, Any]:
         """What a model directory keeps."""
         rows = [dict(zip(self.HEADER, row, strict=True)) for row in self.rows()]
-        told = {"source": self.source, "notes": self.notes, "parameters": rows}
+        fields = {"source": self.source, "notes": self.notes, "parameters": rows}
         more = {"warnings": self.warnings, "energy_kept": self.energy_kept}
-        return told | {name: value for name, value in more.items() if value}
+        return fields | {name: value for name, value in more.items() if value}
 
 
 def _span(numbers: list[int]) -> str:

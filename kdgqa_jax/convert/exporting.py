@@ -177,7 +177,7 @@ def _lost(
         said["dtype"] = said["dtype"] or "float32"  # of images
     # No prediction depends on how a model is trained and computed but for rounding.
     unsaid = set(options.names(vit.known_options(), options.RUN, options.PROGRAM)) - {"dtype"}
-    told = [
+    lost = [
         f"{name}={value!r}"
         for name, value in own.items()
         if read[name] != value and name not in unsaid
@@ -188,7 +188,7 @@ def _lost(
         for path, x in memory.items()
         if not np.array_equal(found.norm_stats.get(path, ()), x, equal_nan=True)
     }
-    return told + [f"the {name} that it remembers" for name in sorted(other)]
+    return lost + [f"the {name} that it remembers" for name in sorted(other)]
 
 
 def _read_again(source: files.Source, num_heads: int) -> foreign.Loaded:

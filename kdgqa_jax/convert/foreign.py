@@ -85,29 +85,29 @@ def from_source(
     """What a file that was read holds; arguments and errors as `loading.load`."""
     file = _File(source, *inference.recognise(source))
     names, layout = set(file.arrays), file.layout
-    told = inference.stated(source, layout, source.beside(layout.config_file), arch)
+    facts = inference.stated(source, layout, source.beside(layout.config_file), arch)
     depth = len(layout.block_numbers(names))
     caches = {  # the memory of DGQA
         path: found[0]
         for path in (f"blocks_{i}/attn/key_norm" for i in range(depth))
         if (found := layout.theirs(path)) and found[0] in names
     }
-    structure = structures.structure_of(layout, file.arrays, told, source.path)
+    structure = structures.structure_of(layout, file.arrays, facts, source.path)
     try:
         paths = structures.parameter_paths(depth, **structure)
     except UserError as error:  # options that do not go together
-        raise UserError(f"{told.place} describes no ViT ({error})") from None
+        raise UserError(f"{facts.place} describes no ViT ({error})") from None
     exact = _names(file, paths) == names - set(caches.values())
-    if layout.only_plain and not told.complete and not exact:
+    if layout.only_plain and not facts.complete and not exact:
         # Not another architecture, but a plain ViT with something missing or left over.
         structure = structures.plain(structure)
         paths = structures.parameter_paths(depth, **structure)
     left_over = _check_names(file, paths, set(caches.values()), allow_missing, allow_left_over)
-    _check_ambiguous(file, structure, told)
+    _check_ambiguous(file, structure, facts)
 
     try:
         arguments, channels, notes = inference.arguments_of(
-            source, layout, structure, told, file.find, depth, num_heads
+            source, layout, structure, facts, file.find, depth, num_heads
         )
     except UserError:
         raise
@@ -117,7 +117,7 @@ def from_source(
     # Whatever the variant will be: its parameters are those of gqa, and mha is gqa with K == N.
     model = vit.create(**{**arguments, "attention": "gqa", "scan_layers": False})
     if source.metadata:
-        arguments, model = _stated_model(file, told.place, arguments, model)
+        arguments, model = _stated_model(file, facts.place, arguments, model)
     heads = model.attention.num_heads, model.attention.num_kv_heads
 
     report = ConversionReport(str(source.path))
@@ -154,11 +154,11 @@ def _names(file: _File, paths: list[str]) -> set[str]:
     return {found[0] for path in paths if (found := file.layout.theirs(path))}
 
 
-def _check_ambiguous(file: _File, structure: dict[str, Any], told: Stated) -> None:
+def _check_ambiguous(file: _File, structure: dict[str, Any], facts: Stated) -> None:
     """Raise UserError where the weights fit several models that compute different things."""
     layout = file.layout
-    unknown = [name for name in layout.needs if name not in told.values]
-    more = structures.extras(structure) if layout.only_plain and not told.complete else []
+    unknown = [name for name in layout.needs if name not in facts.values]
+    more = structures.extras(structure) if layout.only_plain and not facts.complete else []
     if unknown or more:
         what = f"leave {', '.join(unknown)} open" if unknown else f"({', '.join(more)}) fit several"
         raise file.refuse(
@@ -237,13 +237,13 @@ def _check_names(
         return [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in allowed)]
 
     problems = {
-        "missing (--allow-missing NAME starts it anew)": refused(missing, allow_missing),
+        "missing (--allow-missing NAME initialises it)": refused(missing, allow_missing),
         "left over (--allow-left-over NAME ignores it)": refused(left_over, allow_left_over),
         "not of floating point numbers (quantized? save them dequantized)": no_floats,
     }
-    told = [f"{what}: {some(names)}" for what, names in problems.items() if names]
-    if told:
-        raise file.refuse(f"not complete in the layout of {file.layout.title}; {'; '.join(told)}")
+    found = [f"{what}: {some(names)}" for what, names in problems.items() if names]
+    if found:
+        raise file.refuse(f"not complete in the layout of {file.layout.title}; {'; '.join(found)}")
     return left_over
 
 

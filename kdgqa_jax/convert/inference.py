@@ -98,7 +98,7 @@ def arguments_of(
     source: Source,
     layout: Layout,
     structure: dict[str, Any],
-    told: Stated,
+    facts: Stated,
     find: Find,
     depth: int,
     num_heads: int | None,
@@ -109,7 +109,7 @@ def arguments_of(
       source: the file.
       layout: its layout.
       structure: from `structure_of`.
-      told: from `stated`.
+      facts: from `stated`.
       find: gives arrays by our names.
       depth: L.
       num_heads: N; None: from what lies beside the weights, else `HEADS_BY_WIDTH`.
@@ -125,7 +125,7 @@ def arguments_of(
             what = "missing" if array is None else f"of shape {array.shape}"
             raise UserError(
                 f"{source.path}: {layout.theirs(ours)[0]} is {what}, so the architecture cannot be"
-                f" told; expected {rank} axes"
+                f" determined; expected {rank} axes"
             )
         return array.shape
 
@@ -142,11 +142,11 @@ def arguments_of(
     }
     sizes = ("num_classes", "representation_size")
     found = {**fields, **{n: options[n] for n in sizes}}
-    told.check({**found, "patch_size": patch_size, "channels": channels}, source.path.name)
+    facts.check({**found, "patch_size": patch_size, "channels": channels}, source.path.name)
 
     query, key = shape_of_heads(find, "query"), shape_of_heads(find, "key")
-    num_heads, notes = _heads(source, told, width, query, num_heads)
-    head_width = told.get("head_width")
+    num_heads, notes = _heads(source, facts, width, query, num_heads)
+    head_width = facts.get("head_width")
     if num_heads < 1 or (head_width is None and width % num_heads):
         raise UserError(f"{source.path}: width {width} is not a multiple of {num_heads} heads")
     head_width = head_width or width // num_heads
@@ -158,16 +158,16 @@ def arguments_of(
     num_kv_heads = max(math.prod(key[1:]) // head_width, 1)
     prefix = options["class_token"] + (options["distillation"] != "none") + options["reg_tokens"]
     length = shape("pos_embed", 3)[1]
-    if options["reg_tokens"] and "no_embed_class" not in told.values:
+    if options["reg_tokens"] and "no_embed_class" not in facts.values:
         options["no_embed_class"] = not _square(length - prefix) and _square(length)
     length -= 0 if options["no_embed_class"] else prefix
-    grid = _grid(source, told, length, patch_size)
+    grid = _grid(source, facts, length, patch_size)
     height, side = (n * patch_size for n in grid)
     fields["num_heads"] = num_heads
     if head_width * num_heads != width:
         options["head_width"] = head_width
     known = [size for size, numbers in vit.SIZES.items() if numbers == fields]
-    hidden = {name: told.get(name) for name in ("activation",) if name in told.values}
+    hidden = {name: facts.get(name) for name in ("activation",) if name in facts.values}
     hidden = {
         **layout.defaults,
         **(layout.gated_defaults if options["gated_mlp"] else {}),
@@ -183,7 +183,7 @@ def arguments_of(
         **{name: x for name, x in options.items() if name not in unchanged},
         **{name: x for name, x in hidden.items() if x != defaults[name].default},
         "image_size": height if height == side else (height, side),
-        "norm_epsilon": told.get("norm_epsilon", layout.defaults["norm_epsilon"]),
+        "norm_epsilon": facts.get("norm_epsilon", layout.defaults["norm_epsilon"]),
         "num_kv_heads": num_kv_heads,
     }
     return arguments, channels, notes
@@ -200,14 +200,14 @@ def shape_of_heads(find: Find, projection: str) -> tuple[int, ...]:
 
 
 def _heads(
-    source: Source, told: Stated, width: int, query: tuple[int, ...], asked: int | None
+    source: Source, facts: Stated, width: int, query: tuple[int, ...], asked: int | None
 ) -> tuple[int, list[str]]:
     """(N, notes): as the source states it; else as asked for, else by `HEADS_BY_WIDTH`."""
     stated = None
     if len(query) == 3:  # the file has the heads as an axis
         stated = query[1]
-    elif told.heads_of in (None, width):
-        stated = told.get("num_heads")
+    elif facts.heads_of in (None, width):
+        stated = facts.get("num_heads")
     if stated is not None and asked not in (None, stated):
         raise UserError(
             f"{source.path} has {stated} query heads, not {asked}; leave it to the file"
@@ -219,21 +219,21 @@ def _heads(
         return guess, [f"{guess} query heads guessed from the width {width}: --num-heads"]
     known = ", ".join(f"{n} for {w}" for w, n in HEADS_BY_WIDTH.items())
     raise UserError(
-        f"{source.path}: how many query heads a model of width {width} has cannot be told (known:"
+        f"{source.path}: how many query heads a model of width {width} has is not known (known:"
         f" {known}); give --num-heads"
     )
 
 
-def _grid(source: Source, told: Stated, length: int, patch_size: int) -> tuple[int, int]:
+def _grid(source: Source, facts: Stated, length: int, patch_size: int) -> tuple[int, int]:
     """(rows, columns) of the patches whose position embeddings number `length`."""
-    size = told.get("image_size")
+    size = facts.get("image_size")
     if size is not None:
         grid = tuple(side // patch_size for side in size)
         if grid[0] * grid[1] != length or any(side % patch_size for side in size):
             shown = size[0] if size[0] == size[1] else "x".join(map(str, size))
             raise UserError(
                 f"{source.path}: a position embedding for {length} patches of {patch_size} px does"
-                f" not fit the image size {shown} that {told.place} states"
+                f" not fit the image size {shown} that {facts.place} states"
             )
         return grid
     side = math.isqrt(max(length, 0))

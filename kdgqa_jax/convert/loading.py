@@ -74,7 +74,7 @@ def load(
         take them from. None: without data, by weights and norm scales alone.
       refit: solve for the output projections, layer after layer, so that the residual stream
         follows that of the source; needs calibration images.
-      seed: of random pooling and of what starts anew.
+      seed: of random pooling and of what is newly initialised.
       image_size: side in pixels or (height, width); the position embedding is resized. None: that
         of the source.
       num_classes: a number other than the source's gives a new head (0: none). None: as it is.
@@ -83,7 +83,7 @@ def load(
       channels: of images: the patch embedding is fitted. None: as it is.
       mean: of pixel values in 0..1, per channel; None: what the source says, else 0.5.
       std: of pixel values in 0..1, per channel; None: what the source says, else 0.5.
-      allow_missing: patterns of names that may be missing in the source; they start anew.
+      allow_missing: patterns of names that may be missing in the source; newly initialised.
       allow_left_over: patterns of names in the source that are not used.
       allow_nan: accept arrays that hold NaN or infinity.
 

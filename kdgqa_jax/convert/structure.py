@@ -63,13 +63,13 @@ PLAIN: dict[str, Any] = {
 """What a ViT has where neither names nor anything beside the weights say something else."""
 
 
-def structure_of(layout: Layout, arrays: Arrays, told: Stated, path: Any) -> dict[str, Any]:
+def structure_of(layout: Layout, arrays: Arrays, facts: Stated, path: Any) -> dict[str, Any]:
     """The options of `vit.create` that say which parameters there are.
 
     What names show, unless something is stated: where the two differ, names are then missing or
     left over.
 
-    Raises UserError: shown and stated differ where that would not be told by names.
+    Raises UserError: shown and stated differ where names would not show it.
     """
 
     def theirs(ours: str) -> str | None:
@@ -103,16 +103,16 @@ def structure_of(layout: Layout, arrays: Arrays, told: Stated, path: Any) -> dic
         "gated_mlp": any_block("mlp/gate"),
         "qkv_bias": any(any_block(f"attn/{x}", ("bias",)) for x in ("query", "key", "value")),
     }
-    told.check(_comparable(shown, told), path.name)
-    if "map" in (pool, told.get("pool")):
-        told.check({"pool": pool if pool == "map" else "another"}, path.name)
+    facts.check(_comparable(shown, facts), path.name)
+    if "map" in (pool, facts.get("pool")):
+        facts.check({"pool": pool if pool == "map" else "another"}, path.name)
     names = (*PLAIN, "class_token", "pool", "qkv_bias")
     structure = {
         **PLAIN,
         "pool": pool,
         "class_token": theirs("cls_token") is not None or not (pooled or pool == "map"),
         **shown,
-        **{name: told.get(name) for name in names if name in told.values},
+        **{name: facts.get(name) for name in names if name in facts.values},
         "num_classes": int(has("head")),
         "representation_size": int(has("pre_logits")),
         **layout.fixed,
@@ -120,34 +120,34 @@ def structure_of(layout: Layout, arrays: Arrays, told: Stated, path: Any) -> dic
     if "norm_pooled" in layout.fixed:
         return structure
     normed = structure["final_norm"] and (has("norm") or has("fc_norm"))
-    return structure | _final_norm(structure["pool"], told, pooled if normed else None)
+    return structure | _final_norm(structure["pool"], facts, pooled if normed else None)
 
 
-def _comparable(shown: dict[str, Any], told: Stated) -> dict[str, Any]:
+def _comparable(shown: dict[str, Any], facts: Stated) -> dict[str, Any]:
     """What names show, but for what a source states in another way."""
-    if told.get("distillation") == "token" and shown["distillation"] == "head":
+    if facts.get("distillation") == "token" and shown["distillation"] == "head":
         shown = {**shown, "distillation": "token"}  # the second head is no part of what timm says
-    if told.get("layer_scale") and shown["layer_scale"]:
-        shown = {**shown, "layer_scale": told.get("layer_scale")}  # its initial value is not shown
+    if facts.get("layer_scale") and shown["layer_scale"]:
+        shown = {**shown, "layer_scale": facts.get("layer_scale")}  # its initial value is not shown
     return shown
 
 
-def _final_norm(pool: str, told: Stated, pooled: bool | None) -> dict[str, Any]:
+def _final_norm(pool: str, facts: Stated, pooled: bool | None) -> dict[str, Any]:
     """`norm_pooled` where it is not what the pool says.
 
     Args:
       pool: of the model.
-      told: what is stated.
+      facts: what is stated.
       pooled: the norm in the weights is of what is pooled; None: there is no norm.
     """
     usual = pool in NORMALISED
-    stated = told.get("norm_pooled", usual) if "pool" in told.values else pooled
+    stated = facts.get("norm_pooled", usual) if "pool" in facts.values else pooled
     if pooled not in (None, stated):
-        by, _ = told.values.get("norm_pooled", ("", None))
+        by, _ = facts.values.get("norm_pooled", ("", None))
         also = f" and fc_norm={stated}" if by == "fc_norm" else ""
         names = {True: "fc_norm", False: "norm"}
         raise UserError(
-            f"{told.place}: global_pool={pool!r}{also}, but the final norm in the weights is"
+            f"{facts.place}: global_pool={pool!r}{also}, but the final norm in the weights is"
             f" {names[pooled]!r}; with that pool it is {names[stated]!r}"
         )
     return {} if stated in (None, usual) else {"norm_pooled": stated}

@@ -47,7 +47,7 @@ def _surgery(bench: Bench) -> None:
         fold_class_position(bench, "embeddings.cls_token", "embeddings.position_embeddings")
     head, width = bench.get("classifier.weight", 2), bench.get("layernorm.weight", 1)
     if head is not None and width is not None and head.shape[1] == 2 * len(width):
-        # No pool here gives the two beside each other; under this name it is told as left over.
+        # No pool here gives the two beside each other; under this name it is reported as left over.
         for leaf in ("weight", "bias"):
             if f"classifier.{leaf}" in bench.arrays:
                 array = bench.arrays.pop(f"classifier.{leaf}")
@@ -60,10 +60,10 @@ def _stated(config: dict[str, Any], place: str) -> Stated:
     ignored = ("intermediate_size",)
     if config.get("model_type") != "dinov2_with_registers":
         ignored += ("num_register_tokens",)
-    told = hugging_face_config.stated(config, place, models, _DEFAULTS, ignored)
+    facts = hugging_face_config.stated(config, place, models, _DEFAULTS, ignored)
     if config.get("use_swiglu_ffn"):
-        told.values["activation"] = ("use_swiglu_ffn", "silu")
-    return told
+        facts.values["activation"] = ("use_swiglu_ffn", "silu")
+    return facts
 
 
 _COMMON = {
