@@ -101,8 +101,7 @@ def run_compile(arguments: argparse.Namespace) -> None:
     _check_json("--json", arguments.json)
     settings = config.load_config(arguments.config)
     for change in ("", *arguments.compare):  # all of them, before the first one takes minutes
-        more = [f"--config.{field}" for field in change.split(",") if field]
-        config.override(settings, [*arguments.overrides, *more])
+        config.override(settings, [*arguments.overrides, *slices.overrides_of(change)])
     rows = slices.compile_for_slice(
         arguments.config,
         arguments.overrides,

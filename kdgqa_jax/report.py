@@ -25,9 +25,10 @@ def write(records: list[Record], histories: dict[str, History], folder: pathlib.
     workdir_lib.write_json(folder / "results.json", records)
     header, rows = _table(records)
     note = _note(records)
-    if found := _comparisons(records):
+    found = [c for stage in _stages(records) for c in comparisons.compare(records, stage)]
+    if found:
         comparisons.write(found, folder)
-    (folder / "results.md").write_text(_markdown(records, header, rows, note), "utf-8")
+    (folder / "results.md").write_text(_markdown(records, header, rows, note, found), "utf-8")
     _plot_accuracy(records, folder / "accuracy.png")
     variants = {r["entry"]: r["variant"] for r in records}
     dynamic = {
@@ -79,10 +80,6 @@ def _table(records: list[Record]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _comparisons(records: list[Record]) -> list[comparisons.Comparison]:
-    return [c for stage in _stages(records) for c in comparisons.compare(records, stage)]
-
-
 def _paired_lines(found: list[comparisons.Comparison]) -> list[str]:
     """A table of what was compared, and a sentence for each; [] for one seed."""
     if not found:
@@ -120,7 +117,13 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _markdown(records: list[Record], header: list[str], rows: list[list[str]], note: str) -> str:
+def _markdown(
+    records: list[Record],
+    header: list[str],
+    rows: list[list[str]],
+    note: str,
+    compared: list[comparisons.Comparison],
+) -> str:
     stages, last = _stages(records), records[-1]["config"]
     lines = [
         f"# {last['data']['name']}, {last['model']['name']}: top-1 on the test images, %",
@@ -131,7 +134,7 @@ def _markdown(records: list[Record], header: list[str], rows: list[list[str]], n
         "",
         note,
         "",
-        *_paired_lines(_comparisons(records)),
+        *_paired_lines(compared),
         _what_stages_are(records),
         "",
         f"Device: {records[-1]['device']}. Versions: {json.dumps(records[-1]['versions'])}.",

@@ -38,8 +38,6 @@ CHIPS: dict[str, Chip] = {
 }
 """By the first part of a topology, such as v5e:16x16."""
 
-STEPS = ("train", "eval")
-
 
 def compile_for_slice(
     config: str,
@@ -57,7 +55,7 @@ def compile_for_slice(
       config: a name that `config.load_config` takes.
       overrides: further `--config.FIELD=VALUE`.
       topology: chip and shape, such as "v5e:16x16".
-      step: a name in `STEPS`.
+      step: a name in `bench.steps.STEPS`.
       per_chip_batch: images per chip; "auto": the largest multiple of 8 that fits; None: the batch
         size of the config.
       compare: a further row for each, "FIELD=VALUE,FIELD=VALUE" on top of `overrides`.
@@ -78,14 +76,18 @@ def compile_for_slice(
             " v5e:16x16"
         )
     rows = []
+    common = {"config": config, "topology": topology, "step": step}
     for name in ("", *compare):
-        more = [f"--config.{change}" for change in name.split(",") if change]
-        request = {"config": config, "overrides": [*overrides, *more], "topology": topology}
-        request |= {"step": step}
+        request = {**common, "overrides": [*overrides, *overrides_of(name)]}
         row = _fitted(request, per_chip_batch, python)
         rows.append({"name": name or config, **row})
     _print(rows, topology)
     return rows
+
+
+def overrides_of(change: str) -> list[str]:
+    """`--config.FIELD=VALUE` arguments of a row to compare, "FIELD=VALUE,FIELD=VALUE" or ""."""
+    return [f"--config.{field}" for field in change.split(",") if field]
 
 
 def _fitted(
@@ -181,7 +183,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
     from kdgqa_jax import aot, sharding, starting
     from kdgqa_jax import config as config_lib
-    from kdgqa_jax.bench.steps import CLASSES, model_flops
+    from kdgqa_jax.bench.steps import CLASSES, STEPS, model_flops
     from kdgqa_jax.data import augment
 
     try:
@@ -209,9 +211,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     config_lib.check_fields(config, config_lib.train_config())
     augment.check(config.data.augment)
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulate)
-    build = {"train": aot.abstract_train_step, "eval": aot.abstract_eval_step}[request["step"]]
     row = {"per_chip_batch": config.batch_size * split // chips, "chips": chips}
-    step, *abstract = build(config, CLASSES, mesh=mesh)
+    step, *abstract = STEPS[request["step"]](config, CLASSES, mesh=mesh)
     started = time.monotonic()
     try:
         compiled = step.lower(*abstract).compile()

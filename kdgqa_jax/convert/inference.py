@@ -167,14 +167,11 @@ def arguments_of(
     if head_width * num_heads != width:
         options["head_width"] = head_width
     known = [size for size, numbers in vit.SIZES.items() if numbers == fields]
-    hidden = {name: facts.get(name) for name in ("activation",) if name in facts.values}
-    hidden = {
-        **layout.defaults,
-        **(layout.gated_defaults if options["gated_mlp"] else {}),
-        **hidden,
-    }
+    hidden = {**layout.defaults, **(layout.gated_defaults if options["gated_mlp"] else {})}
+    if "activation" in facts.values:
+        hidden["activation"] = facts.get("activation")
     defaults = vit.known_options()
-    unchanged = {n for n, x in options.items() if n in PLAIN and x == defaults[n].default}
+    unchanged = {name for name, x in PLAIN.items() if options.get(name) == x}
     if options["qkv_bias"]:  # the default
         unchanged.add("qkv_bias")
     arguments = {

@@ -55,12 +55,15 @@ def all_paths(depth: int) -> list[str]:
 # --- structure ----------------------------------------------------------------------------------
 
 PLAIN: dict[str, Any] = {
-    "reg_tokens": 0, "pre_norm": False, "embed_norm": False, "layer_scale": 0.0, "qk_norm": False,
-    "scale_attn_norm": False, "scale_mlp_norm": False, "gated_mlp": False, "final_norm": True,
-    "patch_bias": True, "proj_bias": True, "mlp_bias": True, "norm": "layernorm",
-    "block": "pre_norm", "no_embed_class": False, "pool_include_prefix": False,
+    name: vit.known_options()[name].default
+    for name in (
+        "reg_tokens", "pre_norm", "embed_norm", "layer_scale", "qk_norm", "scale_attn_norm",
+        "scale_mlp_norm", "gated_mlp", "final_norm", "patch_bias", "proj_bias", "mlp_bias", "norm",
+        "block", "no_embed_class", "pool_include_prefix",
+    )
 }  # fmt: skip
-"""What a ViT has where neither names nor anything beside the weights say something else."""
+"""What a ViT has where neither names nor anything beside the weights say something else: the
+defaults of the model."""
 
 
 def structure_of(layout: Layout, arrays: Arrays, facts: Stated, path: Any) -> dict[str, Any]:
