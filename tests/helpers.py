@@ -228,7 +228,7 @@ def tokens(seed: int = 0, batch: int = B, features: int = D) -> np.ndarray:
 
 
 def randomise(variables, seed: int = 9):
-    """Every array of floats drawn anew, large enough for attention to matter."""
+    """Every array of floats replaced by random ones, large enough for attention to matter."""
     leaves, structure = jax.tree.flatten(variables)
     drawn = [
         0.3 * normal(seed + i, *x.shape) if jnp.issubdtype(x.dtype, jnp.floating) else np.array(x)

@@ -4,7 +4,7 @@
 
 A tiny model of every variant with K = 1, N/2 and N key/value heads, at each value of each option of
 `VALUES`, is written as a model directory, and from there as safetensors and as a file of the
-released code. `convert.load` reads each of them, and is told nothing but the number of query heads
+released code. `convert.load` reads each of them, and is given nothing but the number of query heads
 of a released file. Dtypes of computation and parameters are the plain ones; where no option is set,
 all of `DTYPES` too; where K = N/2 or of `mha`, another pair by chance (`--every-dtype`: all of them
 everywhere). Then

@@ -1,4 +1,4 @@
-"""The kind of a file is told by its contents, and no file costs much more than it holds."""
+"""The kind of a file follows from its contents, and no file costs much more than it holds."""
 
 import io
 import json

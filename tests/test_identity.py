@@ -16,7 +16,7 @@ from kdgqa_jax.data import identity, sources
 from kdgqa_jax.data.dataset import ArraySplit
 from kdgqa_jax.errors import Preempted, UserError
 
-# --- What is told from what ---------------------------------------------------------------------
+# --- What is distinguished ----------------------------------------------------------------------
 
 
 def describe(root):
@@ -173,7 +173,7 @@ def test_a_run_without_a_record_gets_one_and_resumes(copied, capsys):
 
 
 def test_a_class_more_without_a_record_is_no_damage(copied):
-    """The state does not fit, which is told, and stays where it is."""
+    """The state does not fit, which is reported, and stays where it is."""
     root, settings, workdir = copied
     (workdir / "data.json").unlink()
     change(root, add_a_class)

@@ -116,7 +116,7 @@ def test_nan_and_infinities_are_null(tmp_path):
 
 @pytest.mark.parametrize("killed_at", [2, 3, 5])
 def test_restart_ends_with_the_same_files(tmp_path, killed_at):
-    """Killed in mid-record after some steps, goes on from step 2."""
+    """Killed in mid-record after some steps, resumes from step 2."""
     write_run(tmp_path / "whole", 6)
     write_run(tmp_path / "killed", killed_at)
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:

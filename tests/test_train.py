@@ -186,7 +186,7 @@ def test_config_of_a_study_is_refused(tmp_path):
 
 
 def test_start_from_another_model(whole_run, tmp_path):
-    """`init` takes over the parameters; the optimizer and the step start anew."""
+    """`init` takes over the parameters; the optimizer and the step are newly initialised."""
     workdir, _ = whole_run
     settings = tiny_config("dgqa_diff", init=str(workdir / "model"), epochs=32 / 1437)
     settings.optim.learning_rate = 1e-12
