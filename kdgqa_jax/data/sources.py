@@ -33,6 +33,7 @@ class Source:
       tfds: whether tensorflow-datasets can prepare it.
       manual_files: what tensorflow-datasets cannot download for it.
       needs_dir: whether it needs a data directory.
+      images: how many there are to train and to test on; None where the files tell.
     """
 
     read: Callable[["Source", str, str, str], Dataset]
@@ -45,6 +46,7 @@ class Source:
     tfds: bool = False
     manual_files: tuple[str, ...] = ()
     needs_dir: bool = True
+    images: tuple[int, int] | None = None
 
     def how_to(self, name: str, data_dir: str) -> str:
         """How the files are had, in one sentence."""
@@ -114,13 +116,15 @@ _IMAGENET = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 SOURCES: dict[str, Source] = {
     "digits": Source(
         _digits, 10, _DIGITS, (8, 8, 1), "train", "test", "it comes with scikit-learn",
-        needs_dir=False,
+        needs_dir=False, images=(1_437, 360),
     ),
     "mnist": Source(
-        _idx_or_tfds, 10, _DIGITS, (28, 28, 1), "train", "test", _PUT_IDX, tfds=True
+        _idx_or_tfds, 10, _DIGITS, (28, 28, 1), "train", "test", _PUT_IDX, tfds=True,
+        images=(60_000, 10_000),
     ),
     "fashion_mnist": Source(
-        _idx_or_tfds, 10, _FASHION, (28, 28, 1), "train", "test", _PUT_IDX, tfds=True
+        _idx_or_tfds, 10, _FASHION, (28, 28, 1), "train", "test", _PUT_IDX, tfds=True,
+        images=(60_000, 10_000),
     ),
     "cifar10": Source(_tfds, 10, _CIFAR10, (32, 32, 3), "train", "test", _PREPARE, tfds=True),
     "cifar100": Source(_tfds, 100, _STORED, (32, 32, 3), "train", "test", _PREPARE, tfds=True),
