@@ -321,6 +321,8 @@ def _probed(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, .
         raise UserError("--probe is fitted to the training images; leave --split train out")
     if arguments.ignore_class_names:
         raise UserError("--probe reads no class names of the model; leave --ignore-class-names out")
+    if arguments.seed and arguments.probe != "linear":
+        raise UserError("--seed belongs to --probe linear")
     return probes.probe_directory(
         arguments.checkpoint,
         arguments.dataset,

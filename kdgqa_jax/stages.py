@@ -7,6 +7,7 @@ took. Whatever was stopped before that is resumed, or made again.
 import os
 import pathlib
 import time
+import traceback
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.attention import VARIANTS
 from kdgqa_jax.data import augment, pipeline, subsets
 from kdgqa_jax.data.dataset import Dataset
+from kdgqa_jax.errors import Preempted, UserError
 from kdgqa_jax.evaluate import evaluate, make_eval_step
 from kdgqa_jax.grid import SECTIONS, Stage
 from kdgqa_jax.version import versions
@@ -82,10 +84,22 @@ def finish(study: Config, workdir: pathlib.Path, stage: Stage) -> str:
     """Run a stage, unless it has ended before, and return a line about it ("" if it had).
 
     Raises:
-      UserError: what its run, conversion or probe raises.
+      UserError: what its run, conversion or probe raises. Of another error the traceback is in
+        error.txt of the stage's folder.
     """
     if finished(workdir, stage):
         return ""
+    try:
+        return _finish(study, workdir, stage)
+    except (UserError, Preempted):
+        raise
+    except Exception:
+        with workdir_lib.written_file(workdir / stage.folder / "error.txt") as path:
+            path.write_text(traceback.format_exc(), "utf-8")
+        raise
+
+
+def _finish(study: Config, workdir: pathlib.Path, stage: Stage) -> str:
     place, config = workdir / stage.folder, config_of(study, stage, workdir)
     title = f"seed {stage.cell.seed} {stage.cell.name} {stage.name}"
     started = time.monotonic()
@@ -96,10 +110,8 @@ def finish(study: Config, workdir: pathlib.Path, stage: Stage) -> str:
     content["seconds"] = round(content.get("seconds", time.monotonic() - started), 3)
     workdir_lib.write_json(place / RECORD, content)
     records, seconds = finished(workdir, stage)
-    top1 = ", ".join(
-        f"{r['probe']['name']} " * ("probe" in r) + f"{r['top1']:.2f}" for r in records
-    )
-    return f"{title}: top-1 {top1} %, {seconds:.1f} s"
+    top1 = ", ".join(f"{r['top1']:.2f} % ({r['stage']})" for r in records)
+    return f"{title}: top-1 {top1}, {seconds:.1f} s"
 
 
 def _model(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kdgqa_jax import paths
-from kdgqa_jax.data import idx, tfds_source, trees
+from kdgqa_jax.data import idx, packages, tfds_source, trees
 from kdgqa_jax.data.dataset import ArraySplit, Dataset
 from kdgqa_jax.errors import UserError, unknown
 
@@ -97,6 +97,14 @@ def _cinic10(source: Source, name: str, argument: str, data_dir: str) -> Dataset
     return trees.read_cinic10(name, data_dir, source.how_to(name, data_dir))
 
 
+def _elpv(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
+    return packages.read_elpv(name, data_dir, source.how_to(name, data_dir))
+
+
+def _stamps(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
+    return packages.read_stamps(name, data_dir, source.how_to(name, data_dir))
+
+
 def _folder(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
     return trees.read_folder(name, argument)
 
@@ -146,6 +154,18 @@ SOURCES: dict[str, Source] = {
         _cinic10, 10, trees.CINIC10_CLASSES, (32, 32, 3), "train", "test",
         "download CINIC-10.tar.gz from https://datashare.ed.ac.uk/handle/10283/3192 and unpack it"
         " in {data_dir}/CINIC-10, which then holds train, valid and test",
+    ),
+    "elpv": Source(
+        _elpv, 4, packages.ELPV_CLASSES, (300, 300, 3), "three quarters", "a quarter",
+        "`pip install elpv-dataset` brings it (CC BY-NC-SA 4.0), or put its labels.csv and images"
+        " into {data_dir}",
+        needs_dir=False, images=(1_970, 654),
+    ),
+    "tuxpaint_stamps": Source(
+        _stamps, 16, "names of the class folders", None, "three quarters", "a quarter",
+        "`apt-get install tuxpaint-stamps-default` brings it (GPL-2), or unpack that package and"
+        " give its usr/share/tuxpaint/stamps as the data directory",
+        needs_dir=False, images=(596, 200),
     ),
     "folder:PATH": Source(
         _folder, None, "names of the class folders", None, "train", "val or test",
