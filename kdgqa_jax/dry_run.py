@@ -77,7 +77,13 @@ def _show_estimate(
     records: dict[str, Any],
     datasets: study_checks.Datasets,
 ) -> float | None:
-    work = {folder: _work(config, stage, datasets) for folder, stage in stages.items()}
+    known: dict[tuple, tuple[float, float]] = {}
+    work = {}
+    for folder, stage in stages.items():
+        same = (stage.name, stage.cell.settings, stage.cell.entry.calibrated)
+        if same not in known:  # of all seeds and several entries
+            known[same] = _work(config, stage, datasets)
+        work[folder] = known[same]
     left = [folder for folder, record in records.items() if record is None]
     measured: dict[str, list[float]] = {}
     for folder, record in records.items():
@@ -119,16 +125,13 @@ def _work(config: Config, stage: Stage, datasets: study_checks.Datasets) -> tupl
     if stage.probes:
         return 0.0, train_images + test_images
     if stage.kind == "converted":
-        calibrated = stage.cell.applied(config).calibration_images if _calibrated(stage) else 0
-        return 0.0, test_images + calibrated
+        calibrated = stage.cell.entry.calibrated
+        images = stage.cell.applied(config).calibration_images if calibrated else 0
+        return 0.0, test_images + images
     evaluations = 1
     if settings.eval_every_epochs:
         evaluations = max(round(settings.epochs / settings.eval_every_epochs), 1)
     return settings.epochs * train_images, evaluations * test_images
-
-
-def _calibrated(stage: Stage) -> bool:
-    return stage.cell.entry.calibrated
 
 
 def _duration(seconds: float) -> str:

@@ -58,7 +58,7 @@ def calibration_error(count: Any, correct: Any, confidence: Any) -> float:
     return float(100 * gaps.sum() / np.sum(count))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def make_eval_step(
     model: vit.VisionTransformer,
     mean: augment.Statistic,

@@ -212,18 +212,17 @@ def _label(cell: Cell, first: str) -> str:
     return label
 
 
-def stages(study: Config, cell: Cell, images: int) -> list[Stage]:
+def stages(config: Config, cell: Cell, images: int) -> list[Stage]:
     """The stages of a cell in order, probes included.
 
     Args:
-      study: the config, without the settings of the cell.
+      config: of the study, with the settings of the cell.
       cell: a cell of it.
       images: that uptraining trains on, of which steps make epochs.
 
     Raises:
       UserError: lengths of uptraining that are none.
     """
-    config = cell.applied(study)
     base = dataclasses.replace(cell.until("pretrained"), entry=Entry("mha", "pretrained", "mha"))
     given = not config.pretrain.epochs  # the same for all seeds
     place = _label(base, "pretrained")

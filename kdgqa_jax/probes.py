@@ -52,7 +52,7 @@ class Features:
 # --- features -------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _make_step(
     model: vit.VisionTransformer, statistics: tuple[Any, Any], mesh: jax.sharding.Mesh
 ) -> Callable[..., jax.Array]:

@@ -1,11 +1,13 @@
 """What the stages of a cell do: each leaves a model with its figures, or the figures of a probe.
 
 A finished stage has record.json in its folder, with what results.json says of it and how long it
-took. Whatever was stopped before that is resumed, or made again.
+took; checkpoints of its training are gone. Whatever was stopped before that is resumed, or made
+again.
 """
 
 import os
 import pathlib
+import shutil
 import time
 import traceback
 from typing import Any, NamedTuple
@@ -109,6 +111,7 @@ def _finish(study: Config, workdir: pathlib.Path, stage: Stage) -> str:
         content = _record(place, stage, config, _model(study, config, stage, place, title))
     content["seconds"] = round(content.get("seconds", time.monotonic() - started), 3)
     workdir_lib.write_json(place / RECORD, content)
+    shutil.rmtree(place / "checkpoints", ignore_errors=True)  # several times as large as the model
     records, seconds = finished(workdir, stage)
     top1 = ", ".join(f"{r['top1']:.2f} % ({r['stage']})" for r in records)
     return f"{title}: top-1 {top1}, {seconds:.1f} s"

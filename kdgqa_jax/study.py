@@ -96,9 +96,13 @@ def plan(
     config: Config, cells: list[Cell], datasets: study_checks.Datasets
 ) -> dict[Cell, list[Stage]]:
     """The stages of every cell, in order."""
+    known: dict[tuple, tuple[Config, int]] = {}
+    for cell in cells:
+        if cell.settings not in known:  # of all seeds and several entries
+            applied = cell.applied(config)
+            known[cell.settings] = applied, datasets.sizes(applied.uptrain.data)[0]
     return {
-        cell: grid.stages(config, cell, datasets.sizes(cell.applied(config).uptrain.data)[0])
-        for cell in cells
+        cell: grid.stages(known[cell.settings][0], cell, known[cell.settings][1]) for cell in cells
     }
 
 
@@ -128,10 +132,10 @@ def _records(
 ) -> list[Record]:
     """Those of results.json, by the order of the grid: pretrained models before their cells.
 
-    A stage that cells share has a record in each of them. The first stage of a cell that failed
-    ends its records, with the reason in "failed".
+    A stage that cells share has a record in each of them. Of a cell that failed, the first stage
+    that did so has a record with the reason in "failed", and no figures.
     """
-    records, seen = [], set()
+    records, seen, failed = [], set(), set()
     for cell, stages in planned.items():
         for stage in stages:
             of_base = stage.kind == "pretrained"
@@ -150,9 +154,9 @@ def _records(
             if stage.folder not in failures:
                 found = stages_lib.finished(workdir, stage).records
                 records += [{**about, **record, **about, **where} for record in found]
-            elif not of_base:
+            elif not of_base and cell not in failed:
+                failed.add(cell)
                 records.append({**about, "stage": stage.name, "failed": failures[stage.folder]})
-                break
     return records
 
 

@@ -18,7 +18,9 @@ def small(**changes):
 
 def folders(settings):
     return {
-        (cell.seed, cell.name): [s.folder for s in grid.stages(settings, cell, IMAGES)]
+        (cell.seed, cell.name): [
+            s.folder for s in grid.stages(cell.applied(settings), cell, IMAGES)
+        ]
         for cell in grid.cells(settings)
     }
 
@@ -75,7 +77,9 @@ def test_rules_are_an_axis_with_the_names_of_entries():
 )
 def test_cells_share_the_stages_before_the_one_that_an_axis_changes(axis, first_of_its_own):
     settings = small(variants=("dgqa_ema",), grid=(axis,))
-    one, other = (grid.stages(settings, cell, IMAGES) for cell in grid.cells(settings))
+    one, other = (
+        grid.stages(cell.applied(settings), cell, IMAGES) for cell in grid.cells(settings)
+    )
     same = [a == b for a, b in zip(one, other, strict=True)]
     assert same == [i < first_of_its_own for i in range(4)]
     assert len({s.folder for s in (*one, *other)}) == 8 - first_of_its_own
@@ -104,7 +108,9 @@ def test_lengths_and_probes_are_stages():
 
 def test_names_of_folders_are_safe_and_unique():
     settings = small(variants=("gqa",), grid=("model.name=mu/4|mu%2F4",))
-    one, other = (grid.stages(settings, cell, IMAGES)[1] for cell in grid.cells(settings))
+    one, other = (
+        grid.stages(cell.applied(settings), cell, IMAGES)[1] for cell in grid.cells(settings)
+    )
     assert one.folder == "seed42/gqa,model.name=mu%2F4/converted" != other.folder
     ambiguous = small(variants=("gqa",), grid=("uptrain.epochs=1.0", "finetune.epochs=2.0"))
     assert grid.cells(ambiguous)[0].name == "gqa, uptrain.epochs=1.0, finetune.epochs=2.0"
