@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kdgqa_jax import checkpoint, layers, paths, vit, workdir
 from kdgqa_jax.attention import VARIANTS, variant_name
-from kdgqa_jax.convert import files, heads
+from kdgqa_jax.convert import files
 from kdgqa_jax.convert.adapt import (
     RESIZING,
     adapt_input_channels,
@@ -23,6 +23,7 @@ from kdgqa_jax.convert.conversion_report import ConversionReport
 from kdgqa_jax.convert.foreign import Loaded, load_foreign
 from kdgqa_jax.data.images import Preprocessing
 from kdgqa_jax.errors import UserError
+from kdgqa_jax.heads import grouping
 from kdgqa_jax.version import versions
 
 
@@ -116,7 +117,7 @@ def load(
     _fit_head(loaded, before, model)
     _fit_images(loaded, before, model, channels)
     _fit_preprocessing(loaded, mean, std)
-    heads.check_pooling(pooling, calibration is not None, refit)
+    grouping.check_pooling(pooling, calibration is not None, refit)
     images = _calibration_images(loaded, model, calibration)
     _fit_kv_heads(loaded, before, model, pooling, seed, images, refit)
     _fit_norm_stats(loaded, before, model)
@@ -359,13 +360,13 @@ def _fit_kv_heads(
     images: np.ndarray | None,
     refit: bool,
 ) -> None:
-    """`heads.group_heads`, and what the report says about it."""
+    """`grouping.group_heads`, and what the report says about it."""
     variables = {"params": unflatten_dict(loaded.params, sep="/")}
     if loaded.norm_stats:
         variables["norm_stats"] = unflatten_dict(loaded.norm_stats, sep="/")
     source = model.clone(attention=before.attention, scan_layers=False)
     unrolled = model.clone(scan_layers=False)
-    grouped = heads.group_heads(
+    grouped = grouping.group_heads(
         source, variables, unrolled, pooling, seed=seed, images=images, refit=refit
     )
     loaded.params = flatten_dict(grouped.params, sep="/")
@@ -383,9 +384,9 @@ def _fit_kv_heads(
 def _fit_norm_stats(
     loaded: Loaded, before: vit.VisionTransformer, model: vit.VisionTransformer
 ) -> None:
-    """`heads.fit_norm_stats`, and what the report says about it."""
+    """`grouping.fit_norm_stats`, and what the report says about it."""
     norm_stats = unflatten_dict(loaded.norm_stats, sep="/")
-    fitted, kept = heads.fit_norm_stats(before, norm_stats, model)
+    fitted, kept = grouping.fit_norm_stats(before, norm_stats, model)
     there, loaded.norm_stats = loaded.norm_stats, flatten_dict(fitted, sep="/")
     kept = {"/".join(path) for path in kept}
     for path in there.keys() - kept:

@@ -11,13 +11,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kdgqa_jax import analysis, layers, vit
-from kdgqa_jax.convert.calibration import layer_moments
-from kdgqa_jax.convert.merging import Merged, not_linear
-from kdgqa_jax.convert.merging_rules import MERGING
-from kdgqa_jax.convert.merging_vit import one_per_query_head, to_merged
-from kdgqa_jax.convert.pooling import POOLING, check_groups, to_grouped
-from kdgqa_jax.convert.refitting import FOLLOWED, refit_outputs
 from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.heads.calibration import layer_moments
+from kdgqa_jax.heads.merging import Merged, not_linear
+from kdgqa_jax.heads.merging_rules import MERGING
+from kdgqa_jax.heads.merging_vit import one_per_query_head, to_merged
+from kdgqa_jax.heads.pooling import POOLING, check_groups, to_grouped
+from kdgqa_jax.heads.refitting import FOLLOWED, refit_outputs
 
 
 @dataclasses.dataclass

@@ -20,8 +20,8 @@ import numpy as np
 
 from kdgqa_jax import layers, sharding, vit
 from kdgqa_jax.block import Block
-from kdgqa_jax.convert.calibration import padded_batches
 from kdgqa_jax.errors import UserError
+from kdgqa_jax.heads.calibration import padded_batches
 
 Array = jax.Array
 Variables = dict[str, Any]

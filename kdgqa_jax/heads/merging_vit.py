@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from kdgqa_jax.convert.merging import Merged, merge_heads
-from kdgqa_jax.convert.moments import InputMoments, data_free_by_layer
+from kdgqa_jax.heads.merging import Merged, merge_heads
+from kdgqa_jax.heads.moments import InputMoments, data_free_by_layer
 from kdgqa_jax.layers import stack_layers, unstack_layers
 
 

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from kdgqa_jax.convert.merging_rules import MERGING
-from kdgqa_jax.convert.moments import InputMoments
-from kdgqa_jax.convert.pooling import check_groups
 from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.heads.merging_rules import MERGING
+from kdgqa_jax.heads.moments import InputMoments
+from kdgqa_jax.heads.pooling import check_groups
 
 Attention = Mapping[str, Mapping[str, Any]]
 """One layer: "query" (D,N,H), "key" and "value" (D,J,H), "out" (N,H,D), each {"kernel", "bias"}.
