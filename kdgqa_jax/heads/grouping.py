@@ -1,4 +1,4 @@
-"""Fewer key/value heads for a whole model: pooled or merged, and refitted, with a report.
+"""Fewer or narrower key/value heads for a whole model, and refitted, with a report.
 
 Checkpoints of any source and the models of a study go through `group_heads` alike.
 """
@@ -14,7 +14,7 @@ from kdgqa_jax import analysis, layers, vit
 from kdgqa_jax.errors import UserError, unknown
 from kdgqa_jax.heads.calibration import layer_moments
 from kdgqa_jax.heads.merging import Merged, not_linear
-from kdgqa_jax.heads.merging_rules import MERGING
+from kdgqa_jax.heads.merging_rules import MERGING, NARROWING
 from kdgqa_jax.heads.merging_vit import one_per_query_head, to_merged
 from kdgqa_jax.heads.pooling import POOLING, check_groups, to_grouped
 from kdgqa_jax.heads.refitting import FOLLOWED, refit_outputs
@@ -40,19 +40,42 @@ class Grouped:
     energy_kept: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
 
 
+WIDTH = "width"
+"""The rule that makes heads narrower and leaves their number: `svd`, held to that."""
+
+RULES = (*POOLING, *MERGING, WIDTH)
+
+
 def check_pooling(pooling: str, calibrated: bool, refit: bool) -> None:
     """Raise UserError for an unknown rule, or where calibration images lack or have no use."""
-    if pooling not in (*POOLING, *MERGING):
-        raise unknown("pooling", pooling, (*POOLING, *MERGING))
+    if pooling not in RULES:
+        raise unknown("pooling", pooling, RULES)
     if refit and not calibrated:
         raise UserError(
             "refitting follows the original model on images: --refit needs --calibration (a data"
             " set or a folder of images)"
         )
-    if calibrated and pooling not in MERGING and not refit:
+    if calibrated and pooling in POOLING and not refit:
+        takers = ", ".join((*MERGING, WIDTH))
         raise UserError(
-            f"pooling {pooling!r} takes no calibration images; {' and '.join(MERGING)} do, and so"
-            " does --refit"
+            f"pooling {pooling!r} takes no calibration images; {takers} do, and so does --refit"
+        )
+
+
+def check_heads(before: vit.VisionTransformer, after: vit.VisionTransformer, pooling: str) -> None:
+    """Raise UserError unless a rule makes the heads of one model those of the other."""
+    have, want = before.attention.num_kv_heads, after.attention.num_kv_heads
+    narrows = before.head_widths != after.head_widths
+    if pooling == WIDTH and have != want:
+        raise UserError(
+            f"pooling {WIDTH!r} keeps all {have} key/value heads, and {want} were asked for; give"
+            f" --num-kv-heads {have}, or take 'svd', which makes heads fewer and narrower at once"
+        )
+    if narrows and pooling not in (*NARROWING, WIDTH):
+        old, new = (f"{h} (values {v})" for h, v in (before.head_widths, after.head_widths))
+        raise UserError(
+            f"pooling {pooling!r} leaves heads as wide as they are, {old}, and not {new};"
+            f" {' and '.join((*NARROWING, WIDTH))} make them narrower"
         )
 
 
@@ -67,13 +90,13 @@ def group_heads(
     merge_by_data: bool = True,
     refit: bool = False,
 ) -> Grouped:
-    """Parameters for a model with fewer key/value heads.
+    """Parameters for a model with fewer or narrower heads.
 
     Args:
       before: the model that there is, any variant.
       variables: its {"params": ..., and for DGQA "norm_stats": ...}.
       after: the model that is wanted; it differs in its attention, and its dtypes, alone.
-      pooling: a name in `POOLING` or `MERGING`.
+      pooling: a name in `RULES`.
       seed: of random pooling.
       images: (n, height, width, channels) float32, normalised, to merge and refit by.
       merge_by_data: False, or no images: merging goes by weights and norm scales alone.
@@ -81,15 +104,18 @@ def group_heads(
 
     Raises:
       UserError: K does not divide the number of heads, numbers too large for the dtype, a kind of
-        block that cannot be merged so, or what `check_pooling` says.
+        block that cannot be merged so, or what `check_pooling` and `check_heads` say.
     """
     check_pooling(pooling, images is not None, refit)
+    check_heads(before, after, pooling)
     have, want = before.attention.num_kv_heads, after.attention.num_kv_heads
+    narrows = before.head_widths != after.head_widths
     variables = {**variables, "params": layers.widened(variables["params"])}
     grouped = Grouped(variables["params"])
-    if have != want and pooling in MERGING:
+    if narrows or (have != want and pooling in MERGING):
         by = images if merge_by_data else None
-        _merge(grouped, before, variables, after, pooling, by)
+        rule = "svd" if pooling == WIDTH else pooling
+        _merge(grouped, before, variables, after, rule, by)
     elif have != want:
         grouped.params = to_grouped(grouped.params, want, pooling, seed)
         grouped.how = dict.fromkeys(("key", "value"), f"pooled {have} to {want} heads ({pooling})")
@@ -109,7 +135,11 @@ def _merge(
 ) -> None:
     have, want = before.attention.num_kv_heads, after.attention.num_kv_heads
     check_groups(have, want)
-    params, fixed = as_equal_groups(before, variables)
+    if have == want:
+        _check_equal_groups(before, variables, after)
+        params, fixed = variables["params"], _known_groups(before, variables)
+    else:
+        params, fixed = as_equal_groups(before, variables)
     if not fixed:
         grouped.warnings.append(
             f"the query heads of a {before.attention.variant} model go to other key/value"
@@ -119,23 +149,32 @@ def _merge(
     if images is not None:
         by = f"calibrated with {len(images)} images"
     moments = layer_moments(before, variables, images)
-    grouped.params, merged = to_merged(params, want, moments, rule)
+    head_width, v_head_width = after.head_widths
+    grouped.params, merged = to_merged(
+        params, want, moments, rule, head_width=head_width, v_head_width=v_head_width
+    )
     averaged = not_linear(next(iter(merged.values())).attention)
-    for projection, other in (("key", "query"), ("value", "out")):
-        if projection in averaged:
+    widths = zip(before.head_widths, after.head_widths, strict=True)
+    pairs = (("key", "query"), ("value", "out"))
+    for (projection, other), (old, new) in zip(pairs, widths, strict=True):
+        fewer = [] if have == want else [f"merged {have} to {want} heads ({rule})"]
+        narrower = [] if old == new else [f"narrowed {old} to {new} ({rule})"]
+        if projection in averaged and fewer:
             grouped.how[projection] = f"pooled {have} to {want} heads (mean)"
             grouped.notes.append(
                 f"{projection} heads averaged, not merged: {averaged[projection]} lets no linear"
                 " map through"
             )
-        else:
-            grouped.how[projection] = f"merged {have} to {want} heads ({rule})"
-            grouped.how[other] = f"adapted to merged heads ({rule})"
+        elif fewer or narrower:
+            grouped.how[projection] = "; ".join(fewer + narrower)
+            what = "merged" if fewer else "narrower"
+            grouped.how[other] = f"adapted to {what} heads ({rule})"
     grouped.energy_kept = {
         name: {side: kept.tolist() for side, kept in _shares(layer).items()}
         for name, layer in merged.items()
     }
-    grouped.notes.append(f"heads merged by {rule}, {by}; {_energy_kept(merged)}")
+    done = "merged" if have != want else "narrowed"
+    grouped.notes.append(f"heads {done} by {rule}, {by}; {_energy_kept(merged)}")
     if after.attention.rule.dynamic:
         grouped.warnings.append(
             f"{rule} fits each query head to the key/value head of its own group: a query head that"
@@ -158,6 +197,28 @@ def as_equal_groups(
     if any(allocation is None for allocation in allocations):
         return params, False
     return one_per_query_head(params, allocations), True
+
+
+def _known_groups(model: vit.VisionTransformer, variables: dict[str, Any]) -> bool:
+    """The query heads of a model go to the same key/value heads whatever the images."""
+    allocations = analysis.fixed_allocations(model, variables.get("norm_stats", {}))
+    return all(allocation is not None for allocation in allocations)
+
+
+def _check_equal_groups(
+    before: vit.VisionTransformer, variables: dict[str, Any], after: vit.VisionTransformer
+) -> None:
+    """Raise UserError for a memory that is kept whose groups are not those that rules go by."""
+    if _measures(before) != _measures(after):
+        return
+    found = analysis.fixed_allocations(before, variables.get("norm_stats", {}))
+    for i, allocation in enumerate(found):
+        if allocation is not None and len(set(allocation.tolist())) > 1:
+            raise UserError(
+                f"layer {i} of this {before.attention.variant} model serves"
+                f" {' '.join(map(str, allocation))} query heads by its key/value heads, and rules"
+                " take groups as equal; make the heads of the model that it came from narrower"
+            )
 
 
 def _shares(layer: Merged) -> dict[str, np.ndarray]:
