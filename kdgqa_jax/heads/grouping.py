@@ -4,6 +4,7 @@ Checkpoints of any source and the models of a study go through `group_heads` ali
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from kdgqa_jax.heads.calibration import layer_moments
 from kdgqa_jax.heads.merging import Merged, not_linear
 from kdgqa_jax.heads.merging_rules import MERGING, NARROWING
 from kdgqa_jax.heads.merging_vit import one_per_query_head, to_merged
+from kdgqa_jax.heads.moments import InputMoments
 from kdgqa_jax.heads.pooling import POOLING, check_groups, to_grouped
 from kdgqa_jax.heads.refitting import FOLLOWED, refit_outputs
 
@@ -88,6 +90,7 @@ def group_heads(
     seed: int = 0,
     images: np.ndarray | None = None,
     merge_by_data: bool = True,
+    moments: Mapping[str, InputMoments] | None = None,
     refit: bool = False,
 ) -> Grouped:
     """Parameters for a model with fewer or narrower heads.
@@ -100,6 +103,8 @@ def group_heads(
       seed: of random pooling.
       images: (n, height, width, channels) float32, normalised, to merge and refit by.
       merge_by_data: False, or no images: merging goes by weights and norm scales alone.
+      moments: of `images`, as `calibration.gather_moments` gives them, for several conversions of
+        a model; None: they are gathered.
       refit: `refit_outputs` afterwards.
 
     Raises:
@@ -115,7 +120,7 @@ def group_heads(
     if narrows or (have != want and pooling in MERGING):
         by = images if merge_by_data else None
         rule = "svd" if pooling == WIDTH else pooling
-        _merge(grouped, before, variables, after, rule, by)
+        _merge(grouped, before, variables, after, rule, by, moments)
     elif have != want:
         grouped.params = to_grouped(grouped.params, want, pooling, seed)
         grouped.how = dict.fromkeys(("key", "value"), f"pooled {have} to {want} heads ({pooling})")
@@ -132,6 +137,7 @@ def _merge(
     after: vit.VisionTransformer,
     rule: str,
     images: np.ndarray | None,
+    moments: Mapping[str, InputMoments] | None,
 ) -> None:
     have, want = before.attention.num_kv_heads, after.attention.num_kv_heads
     check_groups(have, want)
@@ -148,7 +154,8 @@ def _merge(
     by = "without data, by weights and norm scales"
     if images is not None:
         by = f"calibrated with {len(images)} images"
-    moments = layer_moments(before, variables, images)
+    if images is None or moments is None:
+        moments = layer_moments(before, variables, images)
     head_width, v_head_width = after.head_widths
     grouped.params, merged = to_merged(
         params, want, moments, rule, head_width=head_width, v_head_width=v_head_width

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kdgqa_jax.heads.merging_rules import MERGING
+from kdgqa_jax.heads.merging_rules import MERGING, symmetric_root
 from kdgqa_jax.heads.moments import InputMoments
 
 Layer = Mapping[str, Mapping[str, Any]]  # `merging.Attention`
@@ -52,6 +52,17 @@ class Problem:
         maps = [MERGING[rule](*group, wanted) for group in self.groups(num_kv_heads)]
         encoders, decoders = zip(*maps, strict=True)
         return np.concatenate(encoders), np.concatenate(decoders)
+
+    def spectrum(self, num_kv_heads: int) -> np.ndarray:
+        """(K, G*H), descending: the energy of each direction of a group, what `svd` goes by."""
+        found = []
+        for moment, weight in self.groups(num_kv_heads):
+            group, width = moment.shape[:2]
+            roots = symmetric_root(weight)[0]
+            energies = np.einsum("gab,gbhc,hcd->gahd", roots, moment, roots, optimize=True)
+            energies = energies.reshape(group * width, group * width)
+            found.append(np.linalg.eigvalsh((energies + energies.T) / 2)[::-1])
+        return np.maximum(np.array(found), 0.0)
 
     def energy(self, num_kv_heads: int) -> np.ndarray:
         """(K,)."""

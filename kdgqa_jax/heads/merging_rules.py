@@ -14,7 +14,7 @@ FLOOR = 1e-6  # least eigenvalue under a square root, as a share of the largest 
 # outputs hardly use is blown up.
 
 
-def _symmetric_root(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def symmetric_root(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Square root and its inverse of (..., H, H) positive semidefinite; of zero: zero and zero."""
     values, vectors = np.linalg.eigh(x)
     roots = np.sqrt(np.maximum(values, FLOOR * np.maximum(values[..., -1:], 0.0)))
@@ -31,7 +31,7 @@ def _svd(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Eckart-Young: the top E eigenvectors of the moment in the metric of the weights."""
     group, width = moment.shape[:2]
-    root, inverse = _symmetric_root(weight)
+    root, inverse = symmetric_root(weight)
     weighted = np.einsum("gab,gbhc,hcd->gahd", root, moment, root, optimize=True)
     weighted = weighted.reshape(group * width, group * width)
     vectors = np.linalg.eigh((weighted + weighted.T) / 2)[1][:, ::-1][:, : wanted or width]
