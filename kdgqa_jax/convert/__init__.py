@@ -28,7 +28,8 @@ from kdgqa_jax.heads.merging_rules import MERGING
 from kdgqa_jax.heads.merging_vit import to_merged
 from kdgqa_jax.heads.moments import InputMoments, data_free_moments
 from kdgqa_jax.heads.pooling import POOLING, pool_heads, to_grouped
-from kdgqa_jax.heads.refitting import refit_output, refit_outputs
+from kdgqa_jax.heads.refitting import refit_outputs
+from kdgqa_jax.heads.ridge import refit_output
 from kdgqa_jax.heads.suggesting import SUGGESTION_HEADER
 
 __all__ = [

@@ -20,6 +20,7 @@ from kdgqa_jax.heads.merging_vit import one_per_query_head, to_merged
 from kdgqa_jax.heads.moments import InputMoments
 from kdgqa_jax.heads.pooling import POOLING, check_groups, to_grouped
 from kdgqa_jax.heads.refitting import FOLLOWED, refit_outputs
+from kdgqa_jax.heads.ridge import EVERY, STRENGTHS, UNTRIED, Refit
 
 
 @dataclasses.dataclass
@@ -251,16 +252,30 @@ def _refit(
 ) -> None:
     memory, _ = fit_norm_stats(before, variables.get("norm_stats", {}), after)
     converted = {"params": grouped.params, "norm_stats": memory}
-    grouped.params, missed = refit_outputs(before, variables, after, converted, images)
+    grouped.params, refits = refit_outputs(before, variables, after, converted, images)
     grouped.how["out"] = "; ".join([*filter(None, [grouped.how.get("out")]), "refitted"])
-    shares = [
-        f"{name.removeprefix('blocks_')}: {old:.1%} to {new:.1%}"
-        for name, (old, new) in missed.items()
-    ]
+    by_layer = {name.removeprefix("blocks_"): refit for name, refit in refits.items()}
+    shares = [f"{i}: {refit.before:.1%} to {refit.after:.1%}" for i, refit in by_layer.items()]
     what = FOLLOWED[before.block.block].what
-    grouped.notes.append(
+    grouped.notes += [
+        f"ridge of the refitting: {_ridge(by_layer)}",
         f"output projections refitted with {len(images)} images; share of {what} that is missed, by"
-        f" layer: {'; '.join(shares)}"
+        f" layer: {'; '.join(shares)}",
+    ]
+
+
+def _ridge(by_layer: dict[str, Refit]) -> str:
+    """How its strength was chosen."""
+    tried = [
+        f"{i}: {refit.strength:g}, {refit.held_out[refit.strength]:.1%}"
+        for i, refit in by_layer.items()
+        if refit.held_out
+    ]
+    if not tried:
+        return f"{UNTRIED:g}, as there are fewer than {EVERY} images to hold some out"
+    return (
+        f"of {', '.join(f'{s:g}' for s in STRENGTHS)} the one that misses least on every {EVERY}th"
+        f" image, held out; by layer it and what it missed there: {'; '.join(tried)}"
     )
 
 
