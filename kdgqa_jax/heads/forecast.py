@@ -9,7 +9,7 @@ there. numpy and float64.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,48 +39,91 @@ def discarded(
       where there is nothing to lose. A share may be above 1: worse than zeros.
     """
     shares = []
-    for sides in (_logits, _values):
-        ours, theirs = (sides(layer, moments, layer_scale) for layer in (before, after))
+    for side in (_logits, _values):
+        ours, theirs = (side(layer, moments, layer_scale) for layer in (before, after))
         energy = _products(ours, ours)
         error = energy - 2.0 * _products(ours, theirs) + _products(theirs, theirs)
         shares.append(max(error, 0.0) / energy if energy > 0.0 else 0.0)
     return shares[0], shares[1]
 
 
-def _by_query_head(layer: Layer, name: str, leaf: str) -> np.ndarray:
-    """Arrays of a projection in float64, key/value heads once for every query head."""
-    x = np.asarray(layer[name][leaf], np.float64)
-    heads = layer["query"]["kernel"].shape[1]
-    return np.repeat(x, heads // x.shape[-2], axis=-2)
+class _Side(NamedTuple):
+    """Products left right^T of all query heads, and both factors in the metric of the moments."""
+
+    left: np.ndarray  # (D+1, N, width): the last row is what no token moves
+    right: np.ndarray  # (D, N, width)
+    seen_left: np.ndarray
+    seen_right: np.ndarray
 
 
-def _logits(layer: Layer, moments: InputMoments, layer_scale: Any) -> tuple[np.ndarray, ...]:
-    """(left (D+1,N,H), right (D,N,H), moment of the one, of the other) of products left right^T."""
+def _side(left: np.ndarray, spread: np.ndarray, mean: float, right: np.ndarray, seen: Any) -> _Side:
+    """`mean`: what the last row counts."""
+    seen_left = np.concatenate([np.tensordot(spread, left[:-1], 1), mean * left[-1:]])
+    return _Side(left, right, seen_left, seen)
+
+
+def _logits(layer: Layer, moments: InputMoments, layer_scale: np.ndarray | None) -> _Side:
+    """Queries and centred keys."""
     del layer_scale
-    query = np.asarray(layer["query"]["kernel"], np.float64)
-    means = head_means({n: np.asarray(x, np.float64) for n, x in layer["query"].items()}, moments)
-    left = np.concatenate([query, means[None]]) * query.shape[2] ** -0.5
-    spread = np.pad(moments.covariance, (0, 1))
-    spread[-1, -1] = 1.0  # the mean query counts as it is
-    return left, _by_query_head(layer, "key", "kernel"), spread, moments.centred
+    query = _float64(layer["query"])
+    left = np.concatenate([query["kernel"], head_means(query, moments)[None]])
+    left = left * left.shape[2] ** -0.5
+    key, heads = _float64(layer["key"])["kernel"], left.shape[1]
+    right, seen = (
+        np.repeat(x, heads // key.shape[1], axis=1)
+        for x in (key, np.tensordot(moments.centred, key, 1))
+    )
+    return _side(left, moments.covariance, 1.0, right, seen)
 
 
-def _values(layer: Layer, moments: InputMoments, layer_scale: Any) -> tuple[np.ndarray, ...]:
-    """(left (D+1,N,V), right (D,N,V), moment, None: the identity)."""
-    rows = np.asarray(layer["out"]["kernel"], np.float64)
+def _values(layer: Layer, moments: InputMoments, layer_scale: np.ndarray | None) -> _Side:
+    """Values and the rows that take them to the output."""
+    value, rows = _float64(layer["value"]), _float64(layer["out"])["kernel"]
+    left = np.concatenate([value["kernel"], head_means(value, moments)[None]])
+    left = np.repeat(left, len(rows) // left.shape[1], axis=1)
     rows = rows if layer_scale is None else rows * np.asarray(layer_scale, np.float64)
-    value = _by_query_head(layer, "value", "kernel")
-    bias = _by_query_head(layer, "value", "bias") if "bias" in layer["value"] else None
-    means = head_means({"kernel": value} | ({} if bias is None else {"bias": bias}), moments)
-    spread = np.pad(moments.covariance, (0, 1))
-    spread[-1, -1] = 0.0 if "bias" in layer["out"] else 1.0
-    return np.concatenate([value, means[None]]), rows.transpose(2, 0, 1), spread, None
+    right = rows.transpose(2, 0, 1)
+    return _side(left, moments.covariance, 0.0 if "bias" in layer["out"] else 1.0, right, right)
 
 
-def _products(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> float:
-    """Sum over the query heads of tr(left_a^T S left_b right_b^T C right_a)."""
-    left, right, spread, centred = a
-    others = b[1] if centred is None else np.tensordot(centred, b[1], 1)
-    lefts = np.einsum("dnh,dne->nhe", left, np.tensordot(spread, b[0], 1), optimize=True)
-    rights = np.einsum("dnh,dne->nhe", right, others, optimize=True)
+def _float64(projection: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {leaf: np.asarray(x, np.float64) for leaf, x in projection.items()}
+
+
+def _products(a: _Side, b: _Side) -> float:
+    """Sum over the query heads of the expected product of what both give."""
+    lefts = np.einsum("dnh,dne->nhe", a.left, b.seen_left, optimize=True)
+    rights = np.einsum("dnh,dne->nhe", a.right, b.seen_right, optimize=True)
     return float(np.sum(lefts * rights))
+
+
+# --- what that has meant ------------------------------------------------------------------------
+
+MEASURED: dict[str, tuple[tuple[float, int, float, float], ...]] = {
+    "calibrated": (),
+    "without data": (),
+}
+"""By moments -> (share up to, conversions, least and largest cosine that they kept).
+
+Measured by examples/front.py (docs/results/front.json, which says on what): features of a converted
+model, not trained any more, beside those of the original.
+"""
+
+
+def forecast(shares: Mapping[str, tuple[float, float]], calibrated: bool) -> str:
+    """A sentence: the mean share discarded, and what conversions that discarded as much kept.
+
+    Args:
+      shares: by layer, of `discarded`.
+      calibrated: the moments are those of images.
+    """
+    share = float(np.mean([list(layer) for layer in shares.values()]))
+    said = f"{share:.2g} of logits and values, the mean of all layers, are other ones"
+    table = MEASURED["calibrated" if calibrated else "without data"]
+    for limit, count, least, largest in table:
+        if share <= limit:
+            return (
+                f"{said}; {count} measured conversions like this, not trained afterwards, kept"
+                f" cosines of {least:.2f} to {largest:.2f} of their features"
+            )
+    return f"{said}, more than any measured conversion: do not use it untrained"

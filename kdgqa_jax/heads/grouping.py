@@ -14,10 +14,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from kdgqa_jax import analysis, layers, vit
 from kdgqa_jax.errors import UserError, unknown
 from kdgqa_jax.heads.calibration import layer_moments
+from kdgqa_jax.heads.forecast import discarded, forecast
 from kdgqa_jax.heads.merging import Merged, not_linear
 from kdgqa_jax.heads.merging_rules import MERGING, NARROWING
 from kdgqa_jax.heads.merging_vit import one_per_query_head, to_merged
-from kdgqa_jax.heads.moments import InputMoments
+from kdgqa_jax.heads.moments import InputMoments, data_free_by_layer
 from kdgqa_jax.heads.pooling import POOLING, check_groups, to_grouped
 from kdgqa_jax.heads.refitting import FOLLOWED, refit_outputs
 from kdgqa_jax.heads.ridge import EVERY, STRENGTHS, UNTRIED, Refit
@@ -34,6 +35,8 @@ class Grouped:
       warnings: sentences that should be seen.
       energy_kept: of merged heads by layer: {"keys": K shares, "values": K shares}; what was not
         merged has none.
+      discarded: by layer the shares of its logits and values that are other ones, before any
+        refitting (`forecast.discarded`); {}: heads are as they were, or it cannot be said.
     """
 
     params: dict[str, Any]
@@ -41,6 +44,7 @@ class Grouped:
     notes: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     energy_kept: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
+    discarded: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
 WIDTH = "width"
@@ -118,13 +122,19 @@ def group_heads(
     narrows = before.head_widths != after.head_widths
     variables = {**variables, "params": layers.widened(variables["params"])}
     grouped = Grouped(variables["params"])
+    by = images if merge_by_data else None
+    if by is None:
+        moments = None
     if narrows or (have != want and pooling in MERGING):
-        by = images if merge_by_data else None
+        if moments is None:
+            moments = layer_moments(before, variables, by)
         rule = "svd" if pooling == WIDTH else pooling
-        _merge(grouped, before, variables, after, rule, by, moments)
+        _merge(grouped, before, variables, after, rule, moments, by)
     elif have != want:
         grouped.params = to_grouped(grouped.params, want, pooling, seed)
         grouped.how = dict.fromkeys(("key", "value"), f"pooled {have} to {want} heads ({pooling})")
+    if narrows or have != want:
+        _forecast(grouped, before, variables, after, moments, by is not None)
     grouped.params = layers.cast(grouped.params, after.param_dtype)
     if refit:
         _refit(grouped, before, variables, after, images)
@@ -137,8 +147,8 @@ def _merge(
     variables: dict[str, Any],
     after: vit.VisionTransformer,
     rule: str,
+    moments: Mapping[str, InputMoments],
     images: np.ndarray | None,
-    moments: Mapping[str, InputMoments] | None,
 ) -> None:
     have, want = before.attention.num_kv_heads, after.attention.num_kv_heads
     check_groups(have, want)
@@ -155,8 +165,6 @@ def _merge(
     by = "without data, by weights and norm scales"
     if images is not None:
         by = f"calibrated with {len(images)} images"
-    if images is None or moments is None:
-        moments = layer_moments(before, variables, images)
     head_width, v_head_width = after.head_widths
     grouped.params, merged = to_merged(
         params, want, moments, rule, head_width=head_width, v_head_width=v_head_width
@@ -188,6 +196,30 @@ def _merge(
             f"{rule} fits each query head to the key/value head of its own group: a query head that"
             f" {after.attention.variant} sends to another group's no longer matches it"
         )
+
+
+def _forecast(
+    grouped: Grouped,
+    before: vit.VisionTransformer,
+    variables: dict[str, Any],
+    after: vit.VisionTransformer,
+    moments: Mapping[str, InputMoments] | None,
+    calibrated: bool,
+) -> None:
+    """What was discarded, where products of weights say it: no norms between, groups that stay."""
+    params, fixed = as_equal_groups(before, variables)
+    params, new = (layers.unstack_layers(tree) for tree in (params, grouped.params))
+    if not fixed or after.attention.rule.dynamic or not_linear(new["blocks_0"]["attn"]):
+        return
+    if moments is None:
+        if before.block.block == "post_norm":  # nothing normalises what attention sees
+            return
+        calibrated, moments = False, data_free_by_layer(params)
+    grouped.discarded = {
+        name: discarded(params[name]["attn"], new[name]["attn"], of_layer, params[name].get("ls1"))
+        for name, of_layer in moments.items()
+    }
+    grouped.notes.insert(0, f"predicted: {forecast(grouped.discarded, calibrated)}")
 
 
 def as_equal_groups(
