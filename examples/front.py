@@ -73,9 +73,9 @@ def conversions(heads: int, width: int) -> list[Conversion]:
     rows = []
     for k in fewer:
         rows.append(Conversion("mean", k, width, width, in_table=True))
-        rows.append(Conversion("procrustes", k, width, width, True))
         rows += [Conversion("svd", k, width, width, by, in_table=by) for by in (False, True)]
-    rows += [Conversion(rule, fewer[0], width, width) for rule in ("first", "random")]
+    rows.append(Conversion("procrustes", fewer[0], width, width, True))
+    rows += [Conversion(rule, k, width, width) for k in fewer[:2] for rule in ("first", "random")]
     for share in (0.95, 0.85, *sizes, 0.3):
         w, shown = narrowed(heads, share), share in sizes[:-1]
         rows += [
@@ -190,7 +190,7 @@ def in_shapes_of(params: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]
 class Judge:
     """Features of the original on held-out images, and how near those of others come."""
 
-    def __init__(self, source: Source, images: np.ndarray, batch_size: int = 32):
+    def __init__(self, source: Source, images: np.ndarray, batch_size: int = 16):
         model = source.model.clone(scan_layers=None)
         self._run = jax.jit(lambda p, x: vit.apply_in_evaluation(model, {"params": p}, x)[0])
         self._like, self._images, self._batch = source.params, images, batch_size
@@ -355,20 +355,23 @@ def main() -> None:
     parser.add_argument("--data-dir", default="", help="where the files of the data set are")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="directory to write")
     parser.add_argument("--image-size", type=int, default=112, help="side in pixels")
-    parser.add_argument("--count", type=int, default=160, help="images that calibrate, and judge")
-    parser.add_argument("--few", type=int, default=32, help="that judge rows beside the table")
+    parser.add_argument("--calibrate", type=int, default=160, help="images that calibrate")
+    parser.add_argument(
+        "--count", type=int, default=160, help="others, as many at most, that judge"
+    )
+    parser.add_argument("--few", type=int, default=32, help="of these: judge rows beside the table")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images")
     arguments = parser.parse_args()
     found = convert.load(arguments.source, image_size=arguments.image_size)
     chosen = CalibrationImages(
-        arguments.images, arguments.data_dir, 2 * arguments.count, arguments.seed
+        arguments.images, arguments.data_dir, 2 * arguments.calibrate, arguments.seed
     )
     preprocessing = Preprocessing(**found.description["preprocessing"])
     images = chosen.read(found.model.image_shape, found.description["channels"], preprocessing)
     params = layers.unstack_layers(jax.device_get(found.variables["params"]))
     moments = convert.gather_moments(found.model, {"params": params}, images[::2], batch_size=32)
     source = Source(found.model, params, images[::2], moments)
-    judge = Judge(source, images[1::2])
+    judge = Judge(source, images[1::2][: arguments.count])
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     place = arguments.out / "front.json"
