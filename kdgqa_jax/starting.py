@@ -15,9 +15,9 @@ import ml_collections
 from kdgqa_jax import checkpoint, convert, layers, options, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
-from kdgqa_jax.convert import heads
 from kdgqa_jax.data import pipeline
 from kdgqa_jax.errors import UserError
+from kdgqa_jax.heads import grouping
 from kdgqa_jax.options import ARCHITECTURE, CONVERSION, PROGRAM, RUN
 
 
@@ -93,7 +93,7 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
     preprocessing |= theirs
     built = vit.create(**model)
     memory = found.variables.get("norm_stats", {})
-    memory, _ = heads.fit_norm_stats(found.model, memory, built)
+    memory, _ = grouping.fit_norm_stats(found.model, memory, built)
     params = layers.cast(found.variables["params"], built.param_dtype)
     layout = layers.stack_layers if built.scan_layers else layers.unstack_layers
     variables = {"params": layout(params), "norm_stats": layout(memory)}
