@@ -169,7 +169,8 @@ def _write(
     """The report: of whole cells its table and plots, of all that there is results.json."""
     folder = workdir / "report"
     failed = {(r["entry"], r["seed"]) for r in records if "failed" in r}
-    tabled = [r for r in records if _is_tabled(r, failed)]
+    whole = [r for r in records if (r["entry"], r["seed"]) not in failed]
+    tabled = [r for r in whole if r["stage"] == "pretrained" or "pretrained" not in r["stage"]]
     if any(r["stage"] != "pretrained" for r in tabled):
         report.write(tabled, _histories(config, workdir, planned, failed), folder)
     workdir_lib.write_json(folder / "results.json", records)
@@ -183,14 +184,6 @@ def _write(
             path.write_text("\n".join(["# Cells that failed", "", *lines, ""]), "utf-8")
     else:
         (folder / "failed.md").unlink(missing_ok=True)
-
-
-def _is_tabled(record: Record, failed: set[tuple[str, int]]) -> bool:
-    """A pretrained model, or a row of a whole cell; probes of pretrained models are in no row."""
-    if record["stage"] == "pretrained":
-        return True
-    of_base = record["stage"].endswith(" pretrained")
-    return not of_base and (record["entry"], record["seed"]) not in failed
 
 
 def _sentence(record: Record) -> str:
