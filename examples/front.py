@@ -97,7 +97,11 @@ def conversions(heads: int, width: int) -> list[Conversion]:
     for rule, k, share in refitted:
         w = narrowed(k, share)
         rows.append(Conversion(rule, k, w, w, True, True, in_table=True))
-    return list({row.name: row for row in reversed(rows)}.values())[::-1]
+    once: dict[str, Conversion] = {}
+    for row in rows:  # small heads are cut to the same width for several sizes
+        if row.name not in once or row.in_table:
+            once[row.name] = row
+    return list(once.values())
 
 
 # --- one conversion -----------------------------------------------------------------------------
