@@ -267,7 +267,8 @@ def compare(
     for name in baselines or [default_baseline(results)]:
         for row in rows:
             record = next(iter(results.of(row, stage).values()))
-            other = baseline_of(row, Row.parse(name), rows)
+            alike = [r for r in rows if _data(results, r, stage) == data_of(record)]
+            other = baseline_of(row, Row.parse(name), alike)
             if other is None or record["num_kv_heads"] >= record["num_heads"]:
                 continue
             differences = paired_differences(results, row, other, stage)
@@ -275,6 +276,10 @@ def compare(
                 families = pairs.setdefault(data_of(record), {})
                 families.setdefault((name, other), {})[row] = differences
     return [c for data, family in pairs.items() for c in _compared(stage, data, family)]
+
+
+def _data(results: Results, row: Row, stage: str) -> str:
+    return data_of(next(iter(results.of(row, stage).values())))
 
 
 def _compared(

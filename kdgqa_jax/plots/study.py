@@ -76,7 +76,7 @@ def _points(axes: Any, results: Results, stage: str, offset: float, number: int)
             highest = max(highest, *values, mean + points[-1][2])
             if len(values) > 1:
                 at = np.full(len(values), y + offset)
-                axes.scatter(values, at, s=7, color=look["color"], alpha=0.4, linewidths=0)
+                axes.scatter(values, at, s=9, color=look["color"], alpha=0.5, linewidths=0)
     means, positions, errors = zip(*points, strict=True)
     drawn = axes.errorbar(
         means,

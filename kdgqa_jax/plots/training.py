@@ -58,7 +58,8 @@ def allocation(histories: Mapping[str, History]) -> Any:
     joined = {name: found for name, found in joined.items() if len(found[0])}
     tallest = max((found[1][0].size for found in joined.values()), default=8)
     count = max(len(joined), 1)
-    figure, grid = style.panels(count, 3, 3.4, min(max(0.11 * tallest, 2.0), 7.0) + 0.5)
+    width = 3.4 if count > 1 else 7.0
+    figure, grid = style.panels(count, 3, width, min(max(0.11 * tallest, 2.0), 7.0) + 0.6)
     highest = max((found[1].max() for found in joined.values()), default=1)
     image = None
     for axes, (name, (steps, values, boundaries)) in zip(grid, joined.items(), strict=False):
@@ -68,8 +69,7 @@ def allocation(histories: Mapping[str, History]) -> Any:
     if image is not None:
         figure.colorbar(image, ax=grid, label="query heads", shrink=0.8)
         idle = Patch(color=style.COLORS[1], label="idle: no query head")
-        figure.legend(handles=[idle], loc="outside upper right")
-    figure.suptitle("Query heads per key/value head")
+        figure.legend(handles=[idle], loc="outside lower center")
     return figure
 
 

@@ -149,7 +149,7 @@ def _allocations(results: Results) -> list[tuple[str, str]]:
     for row in results.rows:
         record = results.last(row)[min(results.last(row))]
         layers = (" ".join(map(str, layer)) for layer in record.get("allocation", ()))
-        found.append((row.name, "  ".join(layers)))
+        found.append((row.name, " | ".join(layers)))
     return found
 
 
