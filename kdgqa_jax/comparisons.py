@@ -27,19 +27,24 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and half-width of its 95 % confidence interval (Student's t); None for one value."""
     if len(values) < 2:
         return float(np.mean(values)), None
-    from scipy import stats
-
     spread = np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values)), float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1) * spread)
+    return float(np.mean(values)), _quantile_of_t(len(values) - 1) * float(spread)
+
+
+def _quantile_of_t(freedom: float) -> float:
+    """What a t statistic exceeds, in magnitude, with the probability `LEVEL`."""
+    from scipy import special
+
+    return float(special.stdtrit(freedom, 1 - LEVEL / 2))
 
 
 def _p_of_t(mean: float, variance: float, count: int, freedom: float) -> float:
     """Two-sided p of a mean of `count` values; 1 for no difference, 0 for one that never varies."""
     if variance == 0:
         return float(mean == 0)
-    from scipy import stats
+    from scipy import special
 
-    return float(2 * stats.t.sf(abs(mean) / math.sqrt(variance / count), freedom))
+    return float(2 * special.stdtr(freedom, -abs(mean) / math.sqrt(variance / count)))
 
 
 def _check_pairs(differences: Sequence[float]) -> None:
@@ -94,7 +99,7 @@ def pooled_t_tests(differences: Sequence[Sequence[float]]) -> list[Tested]:
 
     Raises ValueError for fewer than two differences.
     """
-    from scipy import stats
+    from scipy import special
 
     for pairs in differences:
         _check_pairs(pairs)
@@ -107,12 +112,12 @@ def pooled_t_tests(differences: Sequence[Sequence[float]]) -> list[Tested]:
         pooled = bool(others) and any(pairs)
         if pooled:
             theirs, their_freedom = _pool(others)
-            largest = theirs * stats.f.ppf(1 - LEVEL, freedom, their_freedom)
+            largest = theirs * special.fdtri(freedom, their_freedom, 1 - LEVEL)
             pooled = variance <= largest
         if pooled:
             variance, freedom = _pool(telling)
-        width = stats.t.ppf(1 - LEVEL / 2, freedom) * math.sqrt(variance / count)
-        found.append(Tested(_p_of_t(mean, variance, count, freedom), float(width), pooled))
+        width = _quantile_of_t(freedom) * math.sqrt(variance / count)
+        found.append(Tested(_p_of_t(mean, variance, count, freedom), width, pooled))
     return found
 
 
@@ -222,12 +227,14 @@ def paired_differences(results: Results, row: Row, other: Row, stage: str) -> li
 
 
 def default_baseline(results: Results) -> str:
-    """The first entry with grouped heads, without settings: `gqa` by default; "" for none."""
+    """`gqa`, or else the first entry with grouped heads, without settings; "" for none."""
+    grouped = []
     for row in results.rows:
         record = next(iter(results.last(row).values()))
         if record["num_kv_heads"] < record["num_heads"]:
-            return dataclasses.replace(row, settings=()).name
-    return ""
+            grouped.append(row)
+    grouped.sort(key=lambda row: (row.variant != "gqa", row.variant == "gqa" and row.rule != ""))
+    return dataclasses.replace(grouped[0], settings=()).name if grouped else ""
 
 
 def baseline_of(row: Row, baseline: Row, rows: Sequence[Row]) -> Row | None:

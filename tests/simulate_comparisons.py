@@ -76,10 +76,10 @@ def main() -> int:
     print("wrong: % of studies with any comparison, no difference true; seen: % of comparisons, of")
     print("those where the last entry alone differs by two deviations, and where all entries do")
     failed = []
-    for name, deviations in SCENARIOS.items():
-        wrong = simulate(deviations, *size)[0]
-        alone = simulate(deviations, *size, difference=2.0, last_alone=True)[1]
-        each = simulate(deviations, *size, difference=2.0)[1]
+    for number, (name, deviations) in enumerate(SCENARIOS.items()):
+        wrong = simulate(deviations, *size, seed=[number, 0])[0]
+        alone = simulate(deviations, *size, 2.0, last_alone=True, seed=[number, 1])[1]
+        each = simulate(deviations, *size, 2.0, seed=[number, 2])[1]
         pairs = zip(("wrong", "seen", "seen"), (wrong, alone, each), strict=True)
         print(name.ljust(30), *(f"{n} {a:5.1f} ({b:4.1f})" for n, (a, b) in pairs), flush=True)
         low = size[1] >= 5 and name in MUST_SEE and min(alone[0], each[0]) < POWER

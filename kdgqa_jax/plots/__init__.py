@@ -16,14 +16,13 @@ allocation_spread  query heads per key/value head over images
 
 from kdgqa_jax.plots.heads import allocation_spread, key_norm_spread, noise, similarity
 from kdgqa_jax.plots.study import accuracy
-from kdgqa_jax.plots.style import data_uri, save
+from kdgqa_jax.plots.style import save
 from kdgqa_jax.plots.training import allocation, idle_heads, key_norms, training
 
 __all__ = [
     "accuracy",
     "allocation",
     "allocation_spread",
-    "data_uri",
     "idle_heads",
     "key_norm_spread",
     "key_norms",

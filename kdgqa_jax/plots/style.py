@@ -1,6 +1,5 @@
 """What all plots share: colours, sizes of texts, grids of panels, files that repeat exactly."""
 
-import base64
 import contextlib
 import functools
 import io
@@ -103,13 +102,13 @@ def _bytes(figure: Any, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def save(figure: Any, folder: pathlib.Path, name: str) -> None:
-    """Write `folder`/NAME.png and NAME.svg. Raises UserError where that is not possible."""
+def save(figure: Any, folder: pathlib.Path, name: str) -> bytes:
+    """Write `folder`/NAME.png and NAME.svg; the content of the latter.
+
+    Raises UserError where that is not possible.
+    """
     for kind in ("png", "svg"):
+        content = _bytes(figure, kind)
         with workdir.written_file(folder / f"{name}.{kind}") as path:
-            path.write_bytes(_bytes(figure, kind))
-
-
-def data_uri(figure: Any) -> str:
-    """The figure as SVG in a data URI, for pages that load nothing."""
-    return "data:image/svg+xml;base64," + base64.b64encode(_bytes(figure, "svg")).decode()
+            path.write_bytes(content)
+    return content

@@ -82,8 +82,7 @@ def _allocation_panel(axes: Any, steps: np.ndarray, values: np.ndarray, highest:
     # The records are not evenly spaced: each column shows the last one before it.
     columns = np.linspace(steps[0], steps[-1], min(int(np.ptp(steps)) + 1, MOST_STEPS))
     shown = rows[:, np.searchsorted(steps, columns, side="right") - 1]
-    colors = matplotlib.colormaps["Blues"].copy()
-    colors.set_bad(style.COLORS[1])
+    colors = matplotlib.colormaps["Blues"].with_extremes(bad=style.COLORS[1])
     image = axes.imshow(
         np.ma.masked_equal(shown, 0),
         aspect="auto",

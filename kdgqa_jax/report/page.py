@@ -1,7 +1,9 @@
 """One HTML page that needs nothing else: no network, no script, no file beside it."""
 
+import base64
 import dataclasses
 import importlib.resources
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,22 +16,25 @@ class Figure:
     """A plot on a page.
 
     Attributes:
-      figure: of matplotlib.
+      svg: the content of its file.
+      width: in pixels, of its natural size.
       about: what it shows, for those who do not see it and below it.
     """
 
-    figure: Any
+    svg: bytes
+    width: int
     about: str
+
+    @classmethod
+    def saved(cls, figure: Any, about: str, folder: pathlib.Path, name: str) -> "Figure":
+        """That of matplotlib, which is written to `folder`/NAME.png and .svg, too."""
+        width = round(100 * figure.get_size_inches()[0])
+        return cls(plots.save(figure, folder, name), width, about)
 
     @property
     def source(self) -> str:
         """The plot itself, as a data URI."""
-        return plots.data_uri(self.figure)
-
-    @property
-    def width(self) -> int:
-        """In pixels, of its natural size."""
-        return round(100 * self.figure.get_size_inches()[0])
+        return "data:image/svg+xml;base64," + base64.b64encode(self.svg).decode()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,10 @@ def write(directory: pathlib.Path, folder: pathlib.Path) -> None:
     config = workdir.read_json(directory / "config.json")
     records = logs.read_metrics(directory)
     result = _read(directory / "result.json")
-    figures = _figures(records)
-    for name, figure in figures.items():
-        plots.save(figure.figure, folder, name)
+    figures = {
+        name: Figure.saved(figure, about, folder, name)
+        for name, (figure, about) in _figures(records).items()
+    }
     with workdir.written_file(folder / "config.py") as path:
         path.write_text(recipe.config_file(config), "utf-8")
     with workdir.written_file(folder / "report.html") as path:
@@ -38,20 +39,20 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     return workdir.read_json(path) if path.exists() else {}
 
 
-def _figures(records: list[dict[str, Any]]) -> dict[str, Figure]:
-    """By the name of its file."""
-    if not records:
-        return {}
-    figures = {"training": Figure(plots.training(records), "What the run logged, by its steps.")}
-    history = {"train": records}
+def _figures(records: list[dict[str, Any]]) -> dict[str, tuple[Any, str]]:
+    """By the name of its file, a figure and what it shows."""
+    figures, history = {}, {"train": records}
+    if records:
+        about = "What the run logged, by its steps."
+        figures["training"] = (plots.training(records), about)
     if any("allocation" in r for r in records):
-        figures["allocation"] = Figure(
+        figures["allocation"] = (
             plots.allocation({"": history}),
             "How many query heads each key/value head serves: a line for each key/value head, layer"
             " after layer.",
         )
     if any("key_norm" in r for r in records):
-        figures["key_norm"] = Figure(plots.key_norms(history), "Norms of the key heads.")
+        figures["key_norm"] = (plots.key_norms(history), "Norms of the key heads.")
     return figures
 
 

@@ -58,9 +58,10 @@ def write_report(
         say(f"no stage of an entry has ended; {len(results.failed)} cells failed")
         return
     found = [c for s in results.stages for c in comparisons.compare(records, s, baselines)]
-    figures = _figures(results, histories)
-    for name, figure in figures.items():
-        plots.save(figure.figure, folder, name)
+    figures = {
+        name: Figure.saved(figure, about, folder, name)
+        for name, (figure, about) in _figures(results, histories).items()
+    }
     _write_tables(results, found, folder)
     _write_text(folder / "results.md", _markdown(results, found))
     if config is not None:
@@ -202,11 +203,11 @@ def _markdown(results: Results, found: Sequence[Comparison]) -> str:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def _figures(results: Results, histories: Mapping[str, History]) -> dict[str, Figure]:
-    """By the name of its file."""
+def _figures(results: Results, histories: Mapping[str, History]) -> dict[str, tuple[Any, str]]:
+    """By the name of its file, a figure and what it shows."""
     data, model = _about(results)
     figures = {
-        "accuracy": Figure(
+        "accuracy": (
             plots.accuracy(results.records, f"{data}, {model}"),
             "Top-1 after each stage: means with 95 % confidence intervals; small dots are seeds.",
         )
@@ -219,18 +220,19 @@ def _figures(results: Results, histories: Mapping[str, History]) -> dict[str, Fi
     }
     if not dynamic:
         return figures
-    figures["allocation"] = Figure(
+    figures["allocation"] = (
         plots.allocation(dynamic),
         "How many query heads each key/value head serves, over the training of the first seed:"
         " a line for each key/value head, layer after layer. Dashed: the next stage begins.",
     )
-    figures["idle_heads"] = Figure(
-        plots.idle_heads(dynamic), "The share of key/value heads that serve no query head."
+    figures["idle_heads"] = (
+        plots.idle_heads(dynamic),
+        "The share of key/value heads that serve no query head.",
     )
-    for number, (name, history) in enumerate(dynamic.items()):
-        file = "key_norm" if not number else f"key_norm_{number + 1}"
+    for number, (name, history) in enumerate(dynamic.items(), 1):
+        file = "key_norm" if number == 1 else f"key_norm_{number}"
         about = f"Norms of the key heads of {name}, over the training of the first seed."
-        figures[file] = Figure(plots.key_norms(history, name), about)
+        figures[file] = (plots.key_norms(history, name), about)
     return figures
 
 
