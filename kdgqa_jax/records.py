@@ -6,7 +6,6 @@ A record is what one stage of one entry and seed came to: `entry`, `seed`, `stag
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -58,8 +57,8 @@ class Results:
     """The records of a study, by row, stage and seed.
 
     Attributes:
-      records: those with figures, in the order of results.json.
-      failed: those without.
+      records: those with figures, in the order of results.json, without those of failed cells.
+      failed: one for each cell that failed, with the reason in "failed".
       stages: names after `PRETRAINED`, in order.
       rows: of the tables, in order. A row whose settings another row has too, and which ends at an
         earlier stage, is a stage that several rows share: it is no row of its own.
@@ -67,9 +66,10 @@ class Results:
 
     def __init__(self, records: Iterable[Record]):
         records = list(records)
-        self.records = [r for r in records if r.get("top1") is not None]
         self.failed = [r for r in records if r.get("top1") is None]
-        own = [r for r in self.records if r["stage"] != PRETRAINED]
+        lost = {(r.get("entry"), r.get("seed")) for r in self.failed}
+        self.records = [r for r in records if (r.get("entry"), r.get("seed")) not in lost]
+        own = [r for r in self.records if r["stage"].split()[-1] != PRETRAINED]
         self.stages = list(dict.fromkeys(r["stage"] for r in own))
         self._found: dict[tuple[Row, str], dict[int, Record]] = {}
         for r in own:
@@ -89,10 +89,10 @@ class Results:
     def _end(self, row: Row) -> int:
         return max(self.stages.index(stage) for name, stage in self._found if name == row)
 
-    def source(self, row: Row, stage: str) -> Row | None:
-        """The row whose records after a stage serve `row`: with most of its settings; None: none.
+    def of(self, row: Row, stage: str) -> dict[int, Record]:
+        """The records of a row after a stage, by seed; {}: there are none.
 
-        It has fewer settings where several rows share the stage.
+        Where it has none of its own they are those of the row with most of its settings.
         """
         shared = [
             name
@@ -101,31 +101,37 @@ class Results:
             and (name.variant, name.rule) == (row.variant, row.rule)
             and name.within(row)
         ]
-        return max(shared, key=lambda name: len(name.settings), default=None)
-
-    def of(self, row: Row, stage: str) -> dict[int, Record]:
-        """The records of a row after a stage, its own or shared, by seed; {}: there are none."""
-        return self._found.get((self.source(row, stage), stage), {})
+        source = max(shared, key=lambda name: len(name.settings), default=None)
+        return self._found.get((source, stage), {})
 
     def rows_at(self, stage: str) -> list[Row]:
-        """The rows with records of a stage, each stage that several rows share once."""
-        sources = (self.source(row, stage) for row in self.rows)
-        return [row for row in dict.fromkeys(sources) if row is not None]
+        """The rows with records of a stage; of those that share it, by their folder, the first."""
+        found: dict[Any, Row] = {}
+        for row in self.rows:
+            records = self.of(row, stage)
+            folders = tuple(r.get("folder", id(r)) for _, r in sorted(records.items()))
+            if records:
+                found.setdefault(folders, row)
+        return list(found.values())
 
     def values(self, row: Row, stage: str, field: str = "top1") -> list[float]:
         """A field of the records of a row after a stage, in the order of seeds."""
         return [record[field] for _, record in sorted(self.of(row, stage).items())]
 
     def last(self, row: Row) -> dict[int, Record]:
-        """The records of the last stage that trained or converted the model, by seed."""
-        stages = [s for s in reversed(self.stages) if self.of(row, s)]
-        known = [s for s in stages if all("allocation" in r for r in self.of(row, s).values())]
-        return self.of(row, (known or stages)[0])
+        """The records of the last stage of a row that is no probe, by seed."""
+        stages = [s for s in self.stages if self.of(row, s)]
+        models = [s for s in stages if not self.is_probe(s)]
+        return self.of(row, (models or stages)[-1])
 
-    @functools.cached_property
-    def pretrained(self) -> list[Record]:
-        """The records of pretraining, one for each seed (or one for all)."""
-        return [r for r in self.records if r["stage"] == PRETRAINED]
+    def is_probe(self, stage: str) -> bool:
+        """The stage is a probe of another one, such as "knn converted"."""
+        return stage.partition(" ")[2] in (PRETRAINED, *self.stages)
+
+    def base(self, probe: str = "") -> list[Record]:
+        """Those of the pretrained model, or of a probe of it: one for each seed."""
+        stage = f"{probe} {PRETRAINED}".strip()
+        return [r for r in self.records if r["stage"] == stage]
 
     @property
     def seeds(self) -> list[int]:

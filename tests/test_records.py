@@ -46,11 +46,35 @@ def test_rows_share_stages_that_their_settings_do_not_change():
     assert names == ["gqa, K=2, epochs=1", "gqa, K=2, epochs=5", "gqa, K=4, epochs=1"]
     assert [results.values(row, "converted") for row in results.rows] == [[1.0], [1.0], [2.0]]
     assert [results.values(row, "uptrained") for row in results.rows] == [[3.0], [4.0], [5.0]]
-    assert [row.name for row in results.rows_at("converted")] == ["gqa, K=2", "gqa, K=4"]
-    assert [r["top1"] for r in results.pretrained] == [99.0]
+    assert [r["top1"] for r in results.base()] == [99.0]
+
+
+def test_a_stage_with_one_folder_counts_once():
+    """As results.json has it: a record in each of the cells that share a stage."""
+    records = [
+        {**record(f"gqa, K={k}, epochs={n}", "converted"), "folder": f"gqa,K={k}"}
+        for k in (2, 4)
+        for n in (1, 5)
+    ]
+    results = Results(records)
+    assert len(results.rows) == 4
+    assert [row.name for row in results.rows_at("converted")] == [
+        "gqa, K=2, epochs=1", "gqa, K=4, epochs=1"
+    ]  # fmt: skip
+
+
+def test_probes_belong_to_what_they_probe():
+    stages = ("converted", "uptrained 50", "knn converted", "linear uptrained 50")
+    base = [record("pretrained", "pretrained"), record("pretrained", "knn pretrained", top1=3.0)]
+    results = Results([*base, *(record("gqa", stage) for stage in stages)])
+    assert [s for s in results.stages if results.is_probe(s)] == list(stages[2:])
+    assert [r["top1"] for r in results.base("knn")] == [3.0]
+    assert next(iter(results.last(Row("gqa")).values()))["stage"] == "uptrained 50"
 
 
 def test_records_without_figures_are_of_cells_that_failed():
-    failed = {"entry": "gqa", "stage": "uptrained", "seed": 1, "error": "no memory"}
-    results = Results([record("gqa", "converted"), failed])
+    failed = {"entry": "gqa", "stage": "uptrained", "seed": 1, "failed": "no memory"}
+    lost = record("gqa", "converted", 1)  # the table leaves out what else the cell has
+    results = Results([record("gqa", "converted"), lost, failed])
+    assert results.values(Row("gqa"), "converted") == [50.0]
     assert results.failed == [failed] and results.stages == ["converted"]

@@ -64,6 +64,7 @@ def study_records(config_json):
                 "num_kv_heads": 4,
                 **r,
                 "variant": r["entry"],
+                "folder": f"seed{r['seed']}/{r['entry']}/{r['stage']}",
                 "rule": "mean",
                 "steps": 20,
                 "test_images": 360,
@@ -83,18 +84,17 @@ def workdir(tmp_path_factory):
     """A study: three seeds of two entries, one of which has failed with one seed."""
     place = tmp_path_factory.mktemp("study")
     settings = config.load_config("demo:dataset=digits")
-    settings.variants = ("kdgqa", "gqa")
+    settings.variants = ("gqa", "kdgqa")
     settings = json.loads(json.dumps(settings.to_dict()))
     (place / "config.json").write_text(json.dumps(settings))
     found = study_records(settings)
     for r in found:
-        folder = place / f"seed{r['seed']}" / r["entry"] / r["stage"]
-        folder.mkdir(parents=True)
-        (folder / "record.json").write_text(json.dumps(r))
         if r["stage"] in ("uptrained", "finetuned"):
+            folder = place / r["folder"]
+            folder.mkdir(parents=True)
             lines = [json.dumps(x) + "\n" for x in history()]
             (folder / "metrics.jsonl").write_text("".join(lines))
-    failed = {"entry": "kdgqa", "stage": "finetuned", "seed": 9, "error": "no <memory> left"}
+    failed = {"entry": "kdgqa", "stage": "finetuned", "seed": 9, "failed": "no <memory> left"}
     (place / "report").mkdir()
     (place / "report" / "results.json").write_text(json.dumps([*found, failed]))
     assert cli.main(["report", "--workdir", str(place)]) == 0
@@ -111,10 +111,10 @@ def test_the_page_of_a_study_says_everything_and_loads_nothing(workdir):
     assert "prefers-color-scheme: dark" in (workdir / "report" / "report.html").read_text("utf-8")
 
 
-def test_rows_are_in_the_order_of_the_study(workdir):
+def test_results_md_has_a_row_for_each_entry_and_a_line_for_what_failed(workdir):
     lines = (workdir / "report" / "results.md").read_text("utf-8").splitlines()
     rows = [line.split(" | ")[0] for line in lines if line.startswith(("| kdgqa |", "| gqa |"))]
-    assert rows[:2] == ["| kdgqa", "| gqa"]
+    assert rows[:2] == ["| gqa", "| kdgqa"]
     assert "- failed: kdgqa, seed 9, finetuned: no <memory> left" in lines
 
 
@@ -185,9 +185,14 @@ def test_nothing_to_report_is_one_sentence(tmp_path):
         report.build(tmp_path)
     settings = config.load_config("demo:dataset=digits").to_dict()
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="no stage of any entry has ended"):
+    with pytest.raises(UserError, match=r"has not ended .* the command that began it resumes"):
         report.build(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    (tmp_path / "report").mkdir()
+    failed = [{"entry": "gqa", "stage": "converted", "seed": 1, "failed": "no memory"}]
+    (tmp_path / "report" / "results.json").write_text(json.dumps(failed))
+    with pytest.raises(UserError, match="every cell has failed"):
+        report.build(tmp_path)
 
 
 def test_a_study_of_one_seed_says_what_that_is_worth():

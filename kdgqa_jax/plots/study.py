@@ -11,15 +11,12 @@ from kdgqa_jax.plots import style
 from kdgqa_jax.records import PRETRAINED, Record, Results
 
 
-def _by_probe(stages: Sequence[str]) -> dict[str, dict[str, str]]:
+def _by_probe(results: Results) -> dict[str, dict[str, str]]:
     """By probe ("" for the model itself): stage of the protocol -> name of the stage in records."""
     found: dict[str, dict[str, str]] = {}
-    for stage in stages:
-        probe, _, probed = stage.partition(" ")
-        if probed in (*stages, PRETRAINED):
-            found.setdefault(probe, {})[probed] = stage
-        else:
-            found.setdefault("", {})[stage] = stage
+    for stage in results.stages:
+        probe, _, probed = stage.partition(" ") if results.is_probe(stage) else ("", "", stage)
+        found.setdefault(probe, {})[probed] = stage
     return found
 
 
@@ -36,7 +33,7 @@ def accuracy(records: Sequence[Record], title: str = "") -> Any:
       for each stage, a small dot for each seed.
     """
     results = Results(records)
-    by_probe, rows = _by_probe(results.stages), results.rows
+    by_probe, rows = _by_probe(results), results.rows
     stages = list(dict.fromkeys(stage for found in by_probe.values() for stage in found))
     height = max(0.17 * len(stages) + 0.18, 0.36)
     width = 8.0 if len(by_probe) == 1 else 2.0 + 3.0 * len(by_probe)
@@ -48,10 +45,9 @@ def accuracy(records: Sequence[Record], title: str = "") -> Any:
             if stage in found:
                 offset = (number - (len(stages) - 1) / 2) * 0.8 / len(stages)
                 labels[stage] = _points(axes, results, found[stage], offset, number)
-        if not probe and results.pretrained:
-            base = float(np.mean([r["top1"] for r in results.pretrained]))
+        if base := [r["top1"] for r in results.base(probe)]:
             look = {"color": style.GREY, "linewidth": 1, "linestyle": "--"}
-            labels[PRETRAINED] = axes.axvline(base, **look)
+            labels[PRETRAINED] = axes.axvline(np.mean(base), **look)
         for y in range(0, len(rows), 2):
             axes.axhspan(y - 0.5, y + 0.5, color="#f5f5f5", zorder=0, linewidth=0)
         axes.set(xlabel=f"test top-1{f' of the probe {probe}' if probe else ''}, %")

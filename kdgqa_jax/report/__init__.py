@@ -24,14 +24,15 @@ def build(directory: str | os.PathLike, baselines: Sequence[str] = ()) -> pathli
     """Write DIRECTORY/report from what a study or a training run has left there.
 
     Args:
-      directory: the workdir of either; of what has not ended, there is a part.
+      directory: the workdir of a study that has ended, or of a run that may still be going.
       baselines: of a study, entries that the others are compared with; none: `gqa`.
 
     Returns:
       The folder of the report; report.html is in it.
 
     Raises:
-      UserError: there is neither, nothing has ended, baselines that are no entries, damaged files.
+      UserError: there is neither, a study that has not ended or of which all has failed, baselines
+        that are no entries, damaged files.
     """
     place = paths.local(directory, "workdir").absolute()
     if not (place / "config.json").exists():

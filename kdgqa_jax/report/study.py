@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from kdgqa_jax.attention import VARIANTS
 from kdgqa_jax.comparisons import Comparison, mean_and_interval
 from kdgqa_jax.console import say
 from kdgqa_jax.errors import UserError, one_line, unknown
-from kdgqa_jax.records import PRETRAINED, Record, Results, Row
+from kdgqa_jax.records import Record, Results
 from kdgqa_jax.report import recipe, tables
 from kdgqa_jax.report.page import Code, Figure, Lines, Section, render
 from kdgqa_jax.report.tables import Table
@@ -98,7 +97,7 @@ def _about(results: Results) -> tuple[str, str]:
 
 def _note(results: Results) -> str:
     """The pretrained model, and what figures of so many seeds can say."""
-    base = results.pretrained
+    base = results.base()
     count = len(results.seeds)
     said = ""
     if base:
@@ -157,8 +156,8 @@ def _allocations(results: Results) -> list[tuple[str, str]]:
 def _failures(results: Results) -> list[str]:
     """A sentence for each cell that failed."""
     return [
-        f"{r.get('entry', '')}, seed {r.get('seed', '?')}, {r.get('stage', '')}:"
-        f" {one_line(r.get('error') or 'failed', 500)}"
+        f"{r.get('entry')}, seed {r.get('seed')}, {r.get('stage')}:"
+        f" {one_line(r.get('failed'), 500)}"
         for r in results.failed
     ]
 
@@ -308,69 +307,48 @@ def again(config: dict[str, Any] | None) -> list[Section]:
 
 # --- from the directory of a study ----------------------------------------------------------------
 
-_NO_RECORDS = ("checkpoints", "model", "best", "report", "tensorboard", "wandb")
-
 
 def read(directory: pathlib.Path) -> tuple[list[Record], dict[str, History]]:
-    """The records and histories of a study that has ended, or of what there is of one."""
-    places = _places(directory)
-    records = list(places.values())
-    ended = {(r["entry"], r["stage"], r["seed"]): place for place, r in places.items()}
+    """The records of a study, and by entry what training has logged in its first seed.
+
+    Raises UserError: it has not ended, or its files are damaged.
+    """
     file = directory / "report" / "results.json"
-    if file.exists():  # which alone knows what failed
-        kept = workdir.read_json(file)
-        records += [r for r in kept if (r["entry"], r["stage"], r["seed"]) not in ended]
+    if not file.exists():
+        raise UserError(
+            f"study {directory} has not ended (no {file.name}); the command that began it resumes"
+            " it and writes a report at its end"
+        )
+    records = workdir.read_json(file)
     results = Results(records)
     lengths = [stage for stage in results.stages if stage.startswith("uptrained")][:-1]
     histories = {}
     for row in results.rows:
         history = {}
         for stage in results.stages:
-            if stage not in lengths and (found := results.of(row, stage)):
-                record = found[min(found)]
-                place = ended.get((record["entry"], stage, record["seed"]))
-                logged = logs.read_metrics(place) if place else []
+            found = results.of(row, stage)
+            if found and stage not in lengths and not results.is_probe(stage):
+                logged = logs.read_metrics(directory / _folder(found[min(found)]))
                 history[stage] = [r for r in logged if r.get("split") == "train"]
         histories[row.name] = {stage: logged for stage, logged in history.items() if logged}
     return records, histories
 
 
+def _folder(record: Record) -> str:
+    """Of a stage, relative to the study; records of old have the names alone."""
+    entry = record["entry"].replace(" (", "@").rstrip(")")
+    old = f"seed{record['seed']}/{entry}/{record['stage'].replace(' ', '_')}"
+    return record.get("folder", old)
+
+
 def check(directory: pathlib.Path, records: Sequence[Record], baselines: Sequence[str]) -> None:
-    """Raise UserError for a study of which nothing has ended, or baselines that are no entries."""
+    """Raise UserError for a study whose cells all failed, or baselines that are no entries."""
     results = Results(records)
     if not results.rows:
         raise UserError(
-            f"study {directory}: no stage of any entry has ended; run kdgqa study first"
+            f"study {directory}: every cell has failed; its report/results.json has the reasons"
         )
     known = dict.fromkeys(dataclasses.replace(row, settings=()).name for row in results.rows)
     for name in baselines:
         if name not in known:
             raise unknown("baseline", name, known)
-
-
-_ORDER = (PRETRAINED, "converted", "uptrained", "finetuned")
-
-
-def _places(directory: pathlib.Path) -> dict[pathlib.Path, Record]:
-    """The record of every stage that ended, by its folder, in the study's order."""
-    found = {}
-    for place, folders, files in os.walk(directory):
-        folders[:] = sorted(name for name in folders if name not in _NO_RECORDS)
-        if "record.json" in files:
-            path = pathlib.Path(place)
-            found[path] = workdir.read_json(path / "record.json")
-
-    config = workdir.read_json(directory / "config.json")
-    names = [text.replace("@", " (", 1) + ")" * ("@" in text) for text in config["variants"]]
-
-    def order(item: tuple[pathlib.Path, Record]) -> tuple[int, int, int]:
-        record = item[1]
-        name = dataclasses.replace(Row.parse(record["entry"]), settings=()).name
-        ranks = [i for i, stage in enumerate(_ORDER) if record["stage"].startswith(stage)]
-        return (
-            record["seed"],
-            names.index(name) if name in names else -1,
-            min(ranks, default=len(_ORDER)),
-        )
-
-    return dict(sorted(found.items(), key=order))
