@@ -240,6 +240,10 @@ def _is_dynamic(variant: str) -> bool:
     return variant not in VARIANTS or VARIANTS[variant].rule.dynamic
 
 
+_SHOWN = 20
+"""Comparisons of a table that is not folded, at most."""
+
+
 def _page(
     results: Results,
     found: Sequence[Comparison],
@@ -264,9 +268,9 @@ def _page(
         compared = [
             Lines(seen) if seen else "No difference was seen.",
             _what_was_compared(found),
-            tables.compared(found),
         ]
         words = [Lines([c.sentence() for c in found])]
+        (compared if len(found) <= _SHOWN else words).append(tables.compared(found))
     allocations = Table(
         ["variant", "allocation, layer after layer"], [list(r) for r in _allocations(results)], 2
     )
@@ -276,7 +280,7 @@ def _page(
         ),
         Section("Results", [tables.overview(results), _note(results), figures["accuracy"]]),
         Section("Comparisons", compared),
-        Section("Every comparison in words", words, folded=True),
+        Section("Every comparison", words, folded=True),
         Section("Allocation over training", groups),
         Section("Key norms over training", norms, folded=True),
         Section("Allocations at the end", [allocations], folded=True),
