@@ -23,8 +23,8 @@ class Captured:
     key_norm: Array  # (L, K) float32: the scores of the key heads (`importance`)
     allocation: Array  # (L, K) int32: query heads per key/value head
     group_index: Array  # (L, N) int32: the key/value head of each query head
-    outputs: Array  # (L, B, T, N, H): what the query heads give, before norm and projection
-    values: Array  # (L, B, S, K, H): the values that the maps weigh
+    outputs: Array  # (L, B, T, N, V): what the query heads give, before norm and projection
+    values: Array  # (L, B, S, K, V): the values that the maps weigh
     image_norms: Array  # (L, B, K) float32: Frobenius norm of each image's keys
 
 

@@ -1,9 +1,10 @@
 """How alike attention heads are: pure functions on arrays, for any number of leading axes.
 
-    N  query heads    K  key/value heads    T  query tokens    S  key/value tokens    L  layers
+    L  layers          N  query heads    T  query tokens
+    V  width of values K  key/value heads    S  key/value tokens
 
 Heads are compared by the cosine of what they computed, maps (..., N, T, S) or outputs
-(..., N, T, H), each head flattened to one vector. Heads that share a key/value head are *within* a
+(..., N, T, V), each head flattened to one vector. Heads that share a key/value head are *within* a
 group; *between* groups are pairs that do not. All rows of a map sum to one, so that cosines of maps
 are never negative, and near 1 where heads attend to everything alike; those of outputs can be
 anything from -1 to 1.
@@ -107,21 +108,21 @@ def perturbed(
     Args:
       rng: key of the draw; one for the whole batch, as in training.
       maps: BNTS, without noise.
-      values: BSKH.
+      values: BSKV.
       group_index: (N,) or (B, N) int.
       noise: what is subtracted from what.
       scale: takes the place of that of the noise; may be traced.
 
     Returns:
-      maps BNTS and outputs BTNH, float32. With `noise_target` "output" maps are as they were.
+      maps BNTS and outputs BTNV, float32. With `noise_target` "output" maps are as they were.
     """
     maps = maps.astype(jnp.float32)
     scale = noise.noise_scale if scale is None else scale
     arguments = (scale, noise.noise_distribution, noise.noise_statistics)
     if noise.noise_target == "maps":
         maps = perturb_maps(rng, maps, *arguments)
-    expanded = expand_heads(values.astype(jnp.float32), group_index)  # BSNH
-    outputs = jnp.einsum("BNTS,BSNH->BTNH", maps, expanded, precision="highest")
+    expanded = expand_heads(values.astype(jnp.float32), group_index)  # BSNV
+    outputs = jnp.einsum("BNTS,BSNV->BTNV", maps, expanded, precision="highest")
     if noise.noise_target == "output":
         outputs = perturb_output(rng, outputs, *arguments)
     return maps, outputs

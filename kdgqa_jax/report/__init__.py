@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from kdgqa_jax import paths, workdir
 from kdgqa_jax.errors import UserError
 from kdgqa_jax.report import recipe, run, study
-from kdgqa_jax.report.study import History, write
 
-__all__ = ["History", "build", "write"]
+__all__ = ["build"]
 
 
 def build(directory: str | os.PathLike, baselines: Sequence[str] = ()) -> pathlib.Path:
@@ -49,5 +48,5 @@ def build(directory: str | os.PathLike, baselines: Sequence[str] = ()) -> pathli
         return folder
     records, histories = study.read(place)
     study.check(place, records, baselines)
-    study.write_report(records, histories, folder, config, baselines)
+    study.write(records, histories, folder, config, baselines)
     return folder

@@ -29,18 +29,6 @@ def write(
     config: dict[str, Any] | None = None,
     baselines: Sequence[str] = (),
 ) -> None:
-    """Write results.json, which holds the records, and what `write_report` makes of them."""
-    workdir.write_json(folder / "results.json", list(records))
-    write_report(records, histories, folder, config, baselines)
-
-
-def write_report(
-    records: Sequence[Record],
-    histories: Mapping[str, History],
-    folder: pathlib.Path,
-    config: dict[str, Any] | None = None,
-    baselines: Sequence[str] = (),
-) -> None:
     """Write tables, plots and pages into `folder`, and print the table.
 
     Args:
@@ -53,9 +41,6 @@ def write_report(
       baselines: entries that the others are compared with; none: `gqa`, or the first grouped one.
     """
     results = Results(records)
-    if not results.rows:
-        say(f"no stage of an entry has ended; {len(results.failed)} cells failed")
-        return
     found = [c for s in results.stages for c in comparisons.compare(records, s, baselines)]
     figures = {
         name: Figure.saved(figure, about, folder, name)
@@ -90,9 +75,10 @@ def _write_tables(results: Results, found: Sequence[Comparison], folder: pathlib
 
 
 def _about(results: Results) -> tuple[str, str]:
-    """Names of the data and the model."""
-    config = results.records[-1].get("config", {})
-    return config["data"]["name"], config["model"]["name"]
+    """Names of the data and the models."""
+    configs = [r["config"] for r in results.records]
+    names = [dict.fromkeys(c[section]["name"] for c in configs) for section in ("data", "model")]
+    return ", ".join(names[0]), ", ".join(names[1])
 
 
 def _note(results: Results) -> str:
