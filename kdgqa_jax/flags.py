@@ -236,7 +236,7 @@ _NAMES = {"metavar": "N", "nargs": "+", "default": []}
 CONVERT_OPTIONS: dict[str, dict] = {
     "attention": {"help": "variant; none: that of the source"},
     "num_kv_heads": {"type": POSITIVE, "help": "key/value heads; none: kept (of mha: half)"},
-    "pooling": {"default": "mean", "help": "how, such as svd or first"},
+    "pooling": {"default": "mean", "help": "how, such as svd or width"},
     "head_width": {"type": POSITIVE, "help": "of queries, keys (and values); none: as it is"},
     "v_head_width": {"type": POSITIVE, "help": "of values; none: as --head-width"},
     "refit": {"action": "store_true", "default": False, "help": "output to the calibration images"},

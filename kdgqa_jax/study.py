@@ -154,8 +154,8 @@ def _records(
             if stage.folder not in failures:
                 found = stages_lib.finished(workdir, stage).records
                 records += [{**about, **record, **about, **where} for record in found]
-            elif not of_base and cell not in failed:
-                failed.add(cell)
+            elif owner not in failed and (stage.probes or not of_base):  # cells follow their base
+                failed.add(owner)
                 records.append({**about, "stage": stage.name, "failed": failures[stage.folder]})
     return records
 
