@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pathlib
 import sys
 from typing import Any
 
@@ -142,7 +141,7 @@ def _write_figures(arguments: argparse.Namespace, results: list[dict[str, Any]])
     """Write what a benchmark found to --json, with what it was measured on."""
     import jax
 
-    from kdgqa_jax import version, workdir
+    from kdgqa_jax import paths, version, workdir
 
     if arguments.json:
         device = jax.devices()[0]
@@ -154,7 +153,7 @@ def _write_figures(arguments: argparse.Namespace, results: list[dict[str, Any]])
             "versions": version.versions(),
         }
         figures = {"flags": flags, **measured_on, "results": results}
-        workdir.write_json(pathlib.Path(arguments.json), figures)
+        workdir.write_json(paths.place(arguments.json), figures)
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
@@ -257,7 +256,7 @@ def run_predict(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Figures on a data set, as lines and a file."""
-    from kdgqa_jax import evaluate, logs, predict, workdir
+    from kdgqa_jax import evaluate, logs, paths, predict, workdir
     from kdgqa_jax.console import say, table
 
     _check_json("--out", arguments.out)
@@ -279,7 +278,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out:
         about = ("checkpoint", "dataset", "split", "shift")
         about = {name: getattr(arguments, name) for name in about}
-        workdir.write_json(pathlib.Path(arguments.out), logs.valid_json({**about, **result}))
+        workdir.write_json(paths.place(arguments.out), logs.valid_json({**about, **result}))
     say(
         f"{arguments.dataset} {arguments.split}: top-1 {result['top1']:.2f} %, top-5"
         f" {result['top5']:.2f} %, loss {result['loss']:.4f}, expected calibration error"

@@ -51,8 +51,8 @@ def _image_size(text: str) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
-def _local(text: str) -> str:
-    paths.local(text)
+def _place(text: str) -> str:
+    paths.place(text)
     return text
 
 
@@ -61,9 +61,9 @@ SEED = _value("a seed, 0 to 2**32 - 1", lambda text: _in(SEEDS, text))
 NUMBER = _value("a finite number", _finite)
 NUMBERS = _value("finite numbers with commas", lambda text: [_finite(x) for x in text.split(",")])
 IMAGE_SIZE = _value("SIDE or HEIGHTxWIDTH in pixels", _image_size)
-PATH = _value("a path", _local)
-PATH_OR_NONE = _value("a path", lambda text: text and _local(text))
-SOURCE = _value("a path", lambda text: text if text.startswith("hf:") else _local(text))
+PATH = _value("a path", _place)
+PATH_OR_NONE = _value("a path", lambda text: text and _place(text))
+SOURCE = _value("a path", lambda text: text if text.startswith("hf:") else _place(text))
 
 
 # --- Flags of each command ----------------------------------------------------------------------
