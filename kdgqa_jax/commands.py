@@ -99,11 +99,13 @@ def run_compile(arguments: argparse.Namespace) -> None:
 
     _check_json("--json", arguments.json)
     settings = config.load_config(arguments.config)
+    axes = [axis for axis in arguments.mesh.split(",") if axis]
+    overrides = [*(f"--config.mesh.{axis}" for axis in axes), *arguments.overrides]
     for change in ("", *arguments.compare):  # all of them, before the first one takes minutes
-        config.override(settings, [*arguments.overrides, *slices.overrides_of(change)])
+        config.override(settings, [*overrides, *slices.overrides_of(change)])
     rows = slices.compile_for_slice(
         arguments.config,
-        arguments.overrides,
+        overrides,
         arguments.topology,
         step=arguments.step,
         per_chip_batch=arguments.per_chip_batch,
@@ -111,6 +113,23 @@ def run_compile(arguments: argparse.Namespace) -> None:
         python=arguments.python or sys.executable,
     )
     _write_figures(arguments, rows)
+
+
+def run_doctor(arguments: argparse.Namespace) -> None:
+    """What the machine has, and what would hold a run back."""
+    import jax
+
+    from kdgqa_jax import doctor
+
+    _check_json("--json", arguments.json)
+    _join(arguments)
+    found = doctor.doctor(arguments.config, arguments.overrides, arguments.workdir)
+    if jax.process_index() == 0:
+        _write_figures(arguments, [found])
+    if arguments.multihost:
+        from kdgqa_jax import processes
+
+        processes.part()
 
 
 def run_bench_data(arguments: argparse.Namespace) -> None:

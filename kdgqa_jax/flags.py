@@ -112,6 +112,15 @@ def _per_chip_batch(text: str) -> int | str:
     return text if text == "auto" else _in(range(1, LARGEST + 1), text)
 
 
+def _mesh(text: str) -> str:
+    for axis in text.split(",") if text else ():
+        name, _, size = axis.partition("=")
+        if name not in ("fsdp", "model"):
+            raise ValueError
+        _in(range(1, LARGEST + 1), size)
+    return text
+
+
 def add_compile(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa compile`."""
     parser.add_argument("--config", required=True, help="NAME[:key=value,...] or a .py file")
@@ -123,6 +132,13 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
         help="images a chip, or auto: the most that fit; none: by the config",
     )
     parser.add_argument(
+        "--mesh",
+        type=_value("sizes of axes, such as fsdp=4,model=2", _mesh),
+        default="",
+        metavar="AXIS=N,...",
+        help="fsdp=N, model=N: chips that share parameters, or heads",
+    )
+    parser.add_argument(
         "--compare",
         action="append",
         default=[],
@@ -130,6 +146,14 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
         help="one more row; may be repeated",
     )
     parser.add_argument("--python", type=PATH, help="of an environment with libtpu; none: this")
+    _add_json(parser)
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa doctor`."""
+    parser.add_argument("--config", help="NAME[:key=value,...] of a run that is to be possible")
+    parser.add_argument("--workdir", type=PATH, help="directory or bucket whose rates to measure")
+    _add_job(parser)
     _add_json(parser)
 
 
@@ -175,6 +199,10 @@ def add_study(parser: argparse.ArgumentParser) -> None:
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa train`."""
     add_study(parser)
+    _add_job(parser)
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--multihost", action="store_true", help="one of several processes: the same on every host"
     )

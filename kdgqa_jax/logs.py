@@ -289,10 +289,12 @@ class MetricsWriter:
     """Writes the records of a run, to metrics.jsonl and metrics.csv at least.
 
     A run that resumes from step n drops the records after it, which it will write again: the files
-    are replaced whole, and what a kill has cut short goes too. Files on object storage are written
-    in a local folder and uploaded by `flush`, by itself every `UPLOAD_EVERY` seconds. To records with an "allocation"
+    are replaced whole, and what a kill has cut short goes too. To records with an "allocation"
     (L, K) it adds by layer `idle_kv_heads` and `allocation_changes` since the record before of the
     same split (none before: 0). JSON has null, and CSV nothing, for NaN and infinities.
+
+    What belongs on object storage is written in a local folder, which `flush` uploads; records do
+    so by themselves every `UPLOAD_EVERY` seconds.
 
     Args:
       folder: the workdir of the run.

@@ -80,7 +80,7 @@ def _watch() -> None:
             return
         if gone:
             time.sleep(LOOK_EVERY)  # most often the failed step has reported it by then
-            leave(f"process {', '.join(gone)} of this run has ended; {GONE}")
+            leave(f"process {', '.join(gone)} of this run has ended or stalled; {GONE}")
 
 
 def part(status: int = 0) -> None:

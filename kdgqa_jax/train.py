@@ -12,7 +12,18 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from kdgqa_jax import checkpoint, memory, optim, options, paths, processes, sharding, starting, vit
+from kdgqa_jax import (
+    checkpoint,
+    fitting,
+    memory,
+    optim,
+    options,
+    paths,
+    processes,
+    sharding,
+    starting,
+    vit,
+)
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.console import ProgressBar, say
@@ -76,9 +87,13 @@ def check(config: Config) -> jax.sharding.Mesh:
     for name, known in (("on_nonfinite", ON_NONFINITE), ("keep_best", BEST)):
         if config[name] not in known:
             raise unknown(name, config[name], [str(k) for k in known if k])
-    for name, value in (("data.workers", config.data.workers), ("microbatch", config.microbatch)):
-        if value < 0:
-            raise UserError(f"config field {name}={value} must be 0 or more")
+    if config.data.workers < 0:
+        raise UserError(f"config field data.workers={config.data.workers} must be 0 or more")
+    if config.microbatch < fitting.AUTO:
+        raise UserError(
+            f"config field microbatch={config.microbatch} must be 0 or more, or {fitting.AUTO} for"
+            " what fits the device"
+        )
     optim.make_schedule(config.optim, 1)
     check_packages(**config.logs)
     return mesh

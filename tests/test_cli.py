@@ -186,7 +186,7 @@ def test_the_config_of_a_run_is_no_study(capsys, tmp_path):
         *(("model.dtype", x) for x in ("float33", "", "int32")),
         *(("optim.learning_rate", x) for x in ("nan", "-1", "inf")),
         *(("model.window", x) for x in ("0", "2147483648")),
-        *(("microbatch", "-1"), ("accumulate", "0"), ("data.workers", "-1")),
+        *(("microbatch", "-2"), ("accumulate", "0"), ("data.workers", "-1")),
         *(("model.param_dtype", "None"), ("data.mean", "nan"), ("data.std", "0.5,inf")),
         *(("logs.tensorboard", "1"), ("data.augment.mixup", "nan"), ("ema_decay", "nan")),
     ],
