@@ -180,13 +180,11 @@ class _Operation:
         found = re.search(r"calls=%([\w.\-]+)", self.text)
         return found[1] if found else ""
 
-    @property
-    def runs(self) -> Iterator[tuple[str, int]]:
+    def runs(self, computations: dict[str, list["_Operation"]]) -> Iterator[tuple[str, int]]:
         """(computation, how often it is run); of a conditional the last branch, which does work."""
         if self.kind == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.text)
             body = re.search(r"body=%([\w.\-]+)", self.text)
-            yield body[1], int(trips[1]) if trips else 1
+            yield body[1], self._trips(computations)
         elif self.kind == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", self.text)
             names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
@@ -194,6 +192,15 @@ class _Operation:
             yield names[-1], 1
         elif self.kind == "call":
             yield re.search(r"to_apply=%([\w.\-]+)", self.text)[1], 1
+
+    def _trips(self, computations: dict[str, list["_Operation"]]) -> int:
+        """How often a loop is run: as it says, or until it reaches the number in its condition."""
+        if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"', self.text):
+            return int(stated[1])
+        condition = re.search(r"condition=%([\w.\-]+)", self.text)
+        inside = computations.get(condition[1], []) if condition else []
+        limits = [re.search(r"constant\((\d+)\)", o.text) for o in inside if o.kind == "constant"]
+        return int(limits[0][1]) if len(limits) == 1 and limits[0] else 1
 
 
 def _computations(text: str) -> dict[str, list[_Operation]]:
@@ -220,7 +227,7 @@ def _executed(
     """Every operation that is run on its own, with how often."""
     for operation in computations.get(name, []):
         yield operation, times
-        for inner, trips in operation.runs:
+        for inner, trips in operation.runs(computations):
             yield from _executed(computations, inner, times * trips)
 
 
