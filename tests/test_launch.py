@@ -45,7 +45,7 @@ def test_a_script_is_sound(script):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_the_command_of_a_script_runs(script, tmp_path):
-    """SLURM, gcloud and XPK are stood in for by two processes that find each other by themselves."""
+    """Two processes that find each other by themselves stand in for SLURM, gcloud and XPK."""
     tools = tmp_path / "bin"
     tools.mkdir()
     starter = STARTER.format(python=sys.executable, port=stores.free_port())
