@@ -54,7 +54,7 @@ def _join(arguments: argparse.Namespace) -> None:
 
     job = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if arguments.multihost:
-        if processes.join_processes(*job) > 0:
+        if processes.join_processes(*job, arguments.join_timeout) > 0:
             console.be_silent()  # the first process speaks for all
     elif any(x is not None for x in job):
         raise UserError("--coordinator, --num-processes and --process-id need --multihost")

@@ -24,7 +24,9 @@ def joined() -> bool:
     return jax.distributed.is_initialized()
 
 
-def join_processes(coordinator: str | None, count: int | None, index: int | None) -> int:
+def join_processes(
+    coordinator: str | None, count: int | None, index: int | None, seconds: int = 300
+) -> int:
     """Become one process of a job, and return which; to be called before JAX is used otherwise.
 
     On TPU pods and under SLURM all three are None: JAX finds them out.
@@ -33,6 +35,7 @@ def join_processes(coordinator: str | None, count: int | None, index: int | None
       coordinator: HOST:PORT of process 0.
       count: of processes.
       index: of this one.
+      seconds: to wait for the others.
 
     Raises UserError: the others cannot be found.
     """
@@ -45,13 +48,13 @@ def join_processes(coordinator: str | None, count: int | None, index: int | None
     jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(
-            coordinator, count, index, initialization_timeout=60, heartbeat_timeout_seconds=20
+            coordinator, count, index, initialization_timeout=seconds, heartbeat_timeout_seconds=20
         )
     except Exception as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise UserError(
             f"the processes of --multihost did not find each other ({reason[0][:200]}); start all"
-            " of them within a minute, with the same --coordinator HOST:PORT and --num-processes"
+            f" of them within {seconds} seconds (--join-timeout), with the same --coordinator HOST:PORT and --num-processes"
         ) from None
     threading.Thread(target=_watch, daemon=True).start()
     ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)

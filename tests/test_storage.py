@@ -7,9 +7,11 @@ import helpers
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import source_helpers
 import stores
 
 from kdgqa_jax import checkpoint, logs, paths, storage, vit, workdir
+from kdgqa_jax.data import identity, sources
 from kdgqa_jax.errors import UserError
 
 
@@ -111,6 +113,20 @@ def test_model_directories(place):
         checkpoint.save_model(f"{place}/other", variables, description)
     with pytest.raises(UserError, match=rf"{place}/none is not a model directory"):
         checkpoint.load_model(f"{place}/none")
+
+
+def test_data_sets(place, tmp_path):
+    """The same images as from a local folder, and the same listing."""
+    source_helpers.folder_tree(tmp_path / "photos")
+    files = {f: place / f.relative_to(tmp_path).as_posix() for f in tmp_path.rglob("*.png")}
+    storage.upload(files)
+    here, there = (sources.load(f"folder:{root}/photos") for root in (tmp_path, place))
+    assert here.class_names == there.class_names and len(there.train) == 4
+    assert list(source_helpers.rows(here.train)) == list(source_helpers.rows(there.train))
+    described = [dict(identity.describe(dataset)) for dataset in (here, there)]
+    assert described[0] == described[1]
+    with pytest.raises(UserError, match=rf"{place} holds none of train-images.*; put train-im"):
+        sources.load("mnist", str(place))
 
 
 def test_the_newest_run_holds_a_workdir(place):

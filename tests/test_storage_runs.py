@@ -1,5 +1,6 @@
 """Runs whose data, model and workdir are on object storage, killed and resumed."""
 
+import json
 import os
 import pathlib
 import random
@@ -12,7 +13,7 @@ import stores
 import test_survival
 from test_survival import config_file, whole  # noqa: F401
 
-from kdgqa_jax import checkpoint, logs, paths, storage
+from kdgqa_jax import checkpoint, cli, logs, paths, storage
 from kdgqa_jax.data import idx
 
 
@@ -47,7 +48,7 @@ def kill_after(process, workdir, step, moments):
 
 
 @pytest.mark.slow
-def test_kills_change_no_bit(config_file, whole, store, tmp_path):  # noqa: F811
+def test_kills_change_no_bit(config_file, whole, store):  # noqa: F811
     """Five at gs://, where Orbax writes itself, two at s3://, of steps saved and half saved."""
     workdir, moments = paths.place(f"{store.root}/run"), random.Random(0)
     data = remote_data(store, config_file)
@@ -66,8 +67,19 @@ def test_kills_change_no_bit(config_file, whole, store, tmp_path):  # noqa: F811
         for w in (workdir, whole)
     )
     assert ours == theirs
-    elsewhere = tmp_path / "here"  # nothing is left where the command ran
-    assert not elsewhere.exists() and not pathlib.Path(f"{store.scheme}:").exists()
+
+    # What is there is evaluated and converted, and the results go there.
+    place, bucket = f"{workdir}/model", f"{store.root}/data"
+    evaluated, converted = f"{store.root}/figures.json", f"{store.root}/converted"
+    evaluate = ["evaluate", "--checkpoint", place, "--dataset", "mnist", "--data-dir", bucket]
+    assert cli.main([*evaluate, "--out", evaluated]) == 0
+    here = json.loads((whole / "result.json").read_text())
+    there = json.loads(paths.place(evaluated).read_text())
+    assert there["loss"] == pytest.approx(here["loss"], rel=1e-6)
+    convert = ["convert", "--source", place, "--attention", "gqa", "--out", converted]
+    assert cli.main(convert) == 0
+    assert checkpoint.load_model(converted)[0].attention.variant == "gqa"
+    assert not pathlib.Path(f"{store.scheme}:").exists()  # made of a path that is none
 
 
 @pytest.mark.slow
