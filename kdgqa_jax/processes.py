@@ -46,6 +46,11 @@ def join_processes(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Otherwise the runtime aborts this process when another one ends; `_watch` says why it ends.
     jax.config.update("jax_enable_recoverability", True)
+    lonely = (
+        f"start all of them within {seconds} seconds (--join-timeout), with the same --coordinator"
+        " HOST:PORT and --num-processes"
+    )
+    _abort_says(f"the processes of --multihost did not find each other; {lonely}")
     try:
         jax.distributed.initialize(
             coordinator, count, index, initialization_timeout=seconds, heartbeat_timeout_seconds=20
@@ -53,18 +58,25 @@ def join_processes(
     except Exception as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise UserError(
-            f"the processes of --multihost did not find each other ({reason[0][:200]}); start all"
-            f" of them within {seconds} seconds (--join-timeout), with the same --coordinator HOST:PORT and --num-processes"
+            f"the processes of --multihost did not find each other ({reason[0][:200]}); {lonely}"
         ) from None
+    _abort_says(f"the runtime gave up, most likely because process 0 of this run has ended; {GONE}")
     threading.Thread(target=_watch, daemon=True).start()
-    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     return jax.process_index()
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _aborted(number: int) -> None:
-    """Where process 0 is gone, the runtime aborts this one at once, past all handlers of Python."""
-    leave(f"the runtime gave up, most likely because process 0 of this run has ended; {GONE}")
+_HANDLERS: list[Any] = []  # kept: C code holds no references
+
+
+def _abort_says(text: str) -> None:
+    """Where process 0 is gone the runtime aborts this one, past all handlers of Python: say why."""
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def aborted(number: int) -> None:
+        leave(text)
+
+    _HANDLERS.append(aborted)
+    ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
 
 
 def _watch() -> None:

@@ -198,12 +198,12 @@ class DescribedMesh:
     [
         ("uptrain:model=S/16", "cpu", (1, 1, 1), 1),  # says nothing of its memory
         ("uptrain:model=S/16", "NVIDIA H100 80GB HBM3", (1, 1, 1), 1),
-        ("uptrain:model=L/16", "NVIDIA H100 80GB HBM3", (1, 1, 1), 2),
+        ("uptrain:model=L/16", "NVIDIA H100 80GB HBM3", (1, 1, 1), 4),
         ("uptrain:model=L/16", "NVIDIA H200", (1, 1, 1), 2),
         ("uptrain:model=B/16", "TPU v5 lite", (1, 1, 1), 8),
         ("uptrain:model=B/16", "TPU v5 lite", (16, 1, 1), 1),
-        ("uptrain:model=L/16", "TPU v5 lite", (4, 1, 1), 4),
-        ("uptrain:model=L/16", "TPU v5 lite", (1, 4, 1), 4),
+        ("uptrain:model=L/16", "TPU v5 lite", (4, 1, 1), 8),
+        ("uptrain:model=L/16", "TPU v5 lite", (1, 4, 1), 4),  # more is left beside the state
         ("pretrain:model=L/16", "TPU v6 lite", (4, 1, 1), 2),
         ("uptrain:model=L/16", "TPU v5 lite", (512, 1, 1), 1),
         ("uptrain:model=L/16,batch=16384", "TPU v5 lite", (512, 1, 1), 1),

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import soak_processes as soak
+import stores
 import test_survival as survival
 from test_survival import config_file  # noqa: F401
 
@@ -15,6 +16,15 @@ ARG = "steps=24,every=50"  # saves nothing by itself
 
 def newest(workdir):
     return max((int(name) for name in checkpoint._complete(workdir / "checkpoints")), default=0)
+
+
+def test_a_process_that_finds_no_others_says_so(config_file, tmp_path):  # noqa: F811
+    flags = ["--multihost", "--coordinator", f"127.0.0.1:{stores.free_port()}"]
+    flags += ["--num-processes", "2", "--process-id", "1", "--join-timeout", "1"]
+    process = survival.start(config_file, tmp_path / "run", *flags)
+    (status,), (error,) = soak.wait_for_all([process], 60.0)
+    assert status == 1 and "did not find each other" in error and "within 1 seconds" in error
+    assert "Traceback" not in error and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
