@@ -99,7 +99,7 @@ def run_compile(arguments: argparse.Namespace) -> None:
 
     _check_json("--json", arguments.json)
     settings = config.load_config(arguments.config)
-    axes = [axis for axis in arguments.mesh.split(",") if axis]
+    axes = arguments.mesh.split(",") if arguments.mesh else []
     overrides = [*(f"--config.mesh.{axis}" for axis in axes), *arguments.overrides]
     for change in ("", *arguments.compare):  # all of them, before the first one takes minutes
         config.override(settings, [*overrides, *slices.overrides_of(change)])

@@ -113,7 +113,7 @@ def _per_chip_batch(text: str) -> int | str:
 
 
 def _mesh(text: str) -> str:
-    for axis in text.split(",") if text else ():
+    for axis in text.split(","):
         name, _, size = axis.partition("=")
         if name not in ("fsdp", "model"):
             raise ValueError
@@ -134,7 +134,6 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         type=_value("sizes of axes, such as fsdp=4,model=2", _mesh),
-        default="",
         metavar="AXIS=N,...",
         help="fsdp=N, model=N: chips that share parameters, or heads",
     )

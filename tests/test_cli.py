@@ -258,6 +258,7 @@ NEEDED = {
     "evaluate": ["--checkpoint=a", "--dataset=digits"],
     "prepare": ["--dataset=digits"],
     "compile": ["--config=testing", "--topology=v5e:2x2"],
+    "doctor": [],
     "bench train": [],
     "bench eval": [],
     "bench data": [],
