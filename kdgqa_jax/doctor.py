@@ -72,9 +72,13 @@ def examine(
         found.rows += one.rows
         found.figures |= one.figures
         found.problems += one.problems
-    table(("", "found"), found.rows)
-    for problem in found.problems:
-        say(f"- {problem}")
+    first = jax.process_index() == 0
+    if first:
+        table(("", "found"), found.rows)
+    for problem in found.problems:  # of each host its own
+        print(
+            f"- {problem}" if first else f"- process {jax.process_index()}: {problem}", flush=True
+        )
     say(f"{len(found.problems) or 'no'} problem{'s' * (len(found.problems) != 1)}")
     return {"figures": found.figures, "problems": found.problems}
 
