@@ -22,8 +22,8 @@ KEPT = {
     "names": (16, 16),
     "full": (6, 6),
 }
-"""Arrays (B, T, D) of the computation's dtype that a layer keeps, by `model.remat`: layers unrolled,
-and scanned. XLA's compiler for v5e says 13 to 15 and 31 of `none`, and 15 of a scanned
+"""Arrays (B, T, D) of the computation's dtype that a layer keeps, by `model.remat`: of layers
+unrolled and scanned. XLA's compiler for v5e says 13 to 15 and 31 of `none`, and 15 of a scanned
 `dots_no_batch`; the others are taken from these."""
 
 SHARE = 0.85
