@@ -144,10 +144,13 @@ def remove(path: paths.Path) -> None:
 def move(path: paths.Path, to: paths.Path) -> None:
     """Move a folder; what is at the new place goes."""
     remove(to)
-    if paths.is_remote(path):
-        _store(str(path))[0].mv(str(path), str(to), recursive=True)
-    else:
+    if not paths.is_remote(path):
         os.replace(path, to)
+        return
+    store, root = _store(str(path))
+    for name in store.find(root):  # one by one: for s3fs, folders are objects that are not there
+        store.cp_file(name, f"{to}{name.removeprefix(root)}")
+    remove(path)
 
 
 class Mirror:

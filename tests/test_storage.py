@@ -181,6 +181,23 @@ def test_states_are_saved_and_restored(place):
     assert sorted(checkpoint._complete(place)) == ["2", "3"]
 
 
+def test_a_damaged_checkpoint_is_set_aside(place, capsys):
+    state = {"a": jnp.asarray(helpers.normal(0, 4096))}
+    with checkpoint.StateCheckpoints(place / "checkpoints") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, {"at": step})
+    damaged = storage.fetched(place / "checkpoints" / "2")
+    files = [file for file in damaged.rglob("*") if file.is_file()]
+    file = max(files, key=lambda file: file.stat().st_size)  # which holds the array
+    place_of_it = place / "checkpoints" / "2" / file.relative_to(damaged).as_posix()
+    place_of_it.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with checkpoint.StateCheckpoints(place / "checkpoints") as checkpoints:
+        assert checkpoints.restore(helpers.abstract(state))[1] == {"at": 1}
+    assert f"it is now {place}/damaged_checkpoint_2" in " ".join(capsys.readouterr().out.split())
+    assert (place / "damaged_checkpoint_2").exists()
+    assert checkpoint._complete(place / "checkpoints") == ["1"]
+
+
 def test_a_bucket_that_refuses_writes(place, store):
     """One sentence that names the place, and what was there stays."""
     description, variables = tiny()
