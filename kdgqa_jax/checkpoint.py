@@ -50,7 +50,7 @@ def _complete(directory: paths.Path) -> list[str]:
     """
     try:
         steps = [path for path in directory.iterdir() if path.name.isdigit()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except paths.failures(directory) as error:
         raise UserError(f"{directory} cannot be read ({paths.reason(error)})") from None
