@@ -48,6 +48,11 @@ COMMANDS: dict[str, Command] = {
         has_config=True,
         resumes=True,
     ),
+    "report": Command(
+        "tables, plots and a page of a study or a training run",
+        flags.add_report,
+        commands.run_report,
+    ),
     "train": Command(
         "one training run of a config",
         flags.add_train,
@@ -75,6 +80,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "predict": Command("logits or top classes of images", flags.add_predict, commands.run_predict),
     "inspect": Command("what a model directory holds", flags.add_inspect, commands.run_inspect),
+    "analyse": Command(
+        "how alike heads are, key norms and allocations over images",
+        flags.add_analyse,
+        commands.run_analyse,
+    ),
     "compile": Command(
         "memory and time of a step on a TPU slice that is not here",
         flags.add_compile,

@@ -36,6 +36,16 @@ def run_study(arguments: argparse.Namespace) -> None:
     study.run_study(settings, arguments.workdir, arguments.jobs)
 
 
+def run_report(arguments: argparse.Namespace) -> None:
+    """Tables, plots and a page of a study or a run."""
+    from kdgqa_jax import report
+    from kdgqa_jax.console import say
+
+    baselines = arguments.baselines.split(",") if arguments.baselines else []
+    folder = report.build(arguments.workdir, baselines)
+    say(f"open {folder / 'report.html'} in a browser")
+
+
 def run_train(arguments: argparse.Namespace) -> None:
     """One training run, alone or as one of several processes."""
     from kdgqa_jax import config, train
@@ -375,3 +385,28 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     rows, by = convert.suggest_kv_heads(arguments.checkpoint, share, calibration)
     table(convert.SUGGESTION_HEADER, rows, numbers=True)
     say(by)
+
+
+def run_analyse(arguments: argparse.Namespace) -> None:
+    """How alike the heads of a model are, its key norms and allocations."""
+    from kdgqa_jax import analysis, workdir
+    from kdgqa_jax.console import say, table
+    from kdgqa_jax.report import heads
+
+    out = workdir.check_new(arguments.out)
+    scales = arguments.noise_scales or analysis.NOISE_SCALES
+    found, model, groups = analysis.analyse_directory(
+        arguments.checkpoint,
+        arguments.images,
+        arguments.data_dir,
+        arguments.count,
+        scales,
+        arguments.batch_size,
+        arguments.seed,
+    )
+    about = ("checkpoint", "images", "count", "batch_size", "seed")
+    about = {name: getattr(arguments, name) for name in about}
+    heads.write(found, groups, model, out, about)
+    alike = heads.similarity_table(found)
+    table(alike.header, alike.rows, "cosines of query heads", numbers=True)
+    say(f"{len(found.key_norms)} images; written: {out}")

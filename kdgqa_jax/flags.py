@@ -44,6 +44,13 @@ def _finite(text: str) -> float:
     return float(text)
 
 
+def _scales(text: str) -> list[float]:
+    found = [_finite(x) for x in text.split(",")]
+    if not all(0 <= x <= LARGEST for x in found):
+        raise ValueError
+    return found
+
+
 def _image_size(text: str) -> int | tuple[int, int]:
     sides = [_in(range(1, LARGEST + 1), side) for side in text.lower().split("x")]
     if len(sides) > 2:
@@ -59,6 +66,7 @@ def _place(text: str) -> str:
 POSITIVE, COUNT = at_least(1), at_least(0)
 SEED = _value("a seed, 0 to 2**32 - 1", lambda text: _in(SEEDS, text))
 NUMBER = _value("a finite number", _finite)
+SCALES = _value("numbers from 0 on with commas", _scales)
 NUMBERS = _value("finite numbers with commas", lambda text: [_finite(x) for x in text.split(",")])
 IMAGE_SIZE = _value("SIDE or HEIGHTxWIDTH in pixels", _image_size)
 PATH = _value("a path", _place)
@@ -204,6 +212,16 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="NAME[:key=value,...] or a .py file")
 
 
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa report`."""
+    parser.add_argument(
+        "--workdir", type=PATH, required=True, help="directory of a study or a training run"
+    )
+    parser.add_argument(
+        "--baselines", help="of a study, with commas: entries to compare with; none: gqa"
+    )
+
+
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=POSITIVE, default=1, help="cells at once, on cores of their own"
@@ -260,7 +278,7 @@ _NAMES = {"metavar": "N", "nargs": "+", "default": []}
 CONVERT_OPTIONS: dict[str, dict] = {
     "attention": {"help": "variant; none: that of the source"},
     "num_kv_heads": {"type": POSITIVE, "help": "key/value heads; none: kept (of mha: half)"},
-    "pooling": {"default": "mean", "help": "how, such as svd or first"},
+    "pooling": {"default": "mean", "help": "how, such as svd or width"},
     "head_width": {"type": POSITIVE, "help": "of queries, keys (and values); none: as it is"},
     "v_head_width": {"type": POSITIVE, "help": "of values; none: as --head-width"},
     "refit": {"action": "store_true", "default": False, "help": "output to the calibration images"},
@@ -379,6 +397,22 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
         help="per layer the fewest key/value heads whose merging keeps this share of the energy",
     )
     _add_options(parser, SUGGESTION_OPTIONS)
+
+
+def add_analyse(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa analyse`."""
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--images", type=PATH, required=True, help="data set or folder of images to look at"
+    )
+    parser.add_argument("--out", type=PATH, required=True, help="directory to write")
+    _add_data_dir(parser, "where the files of the data set are")
+    parser.add_argument("--count", type=POSITIVE, default=256, help="how many images")
+    parser.add_argument(
+        "--noise-scales", type=SCALES, help="of PGQA's noise, with commas; none: 0 to 4"
+    )
+    parser.add_argument("--batch-size", type=POSITIVE, default=32, help="images per batch")
+    parser.add_argument("--seed", type=SEED, default=0, help="of images and noise")
 
 
 def given(arguments: argparse.Namespace, options: dict[str, dict]) -> list[str]:

@@ -50,7 +50,10 @@ class Grouped:
 WIDTH = "width"
 """The rule that makes heads narrower and leaves their number: `svd`, held to that."""
 
-RULES = (*POOLING, *MERGING, WIDTH)
+BY_DATA = (*MERGING, WIDTH)
+"""Rules that calibration images are for."""
+
+RULES = (*POOLING, *BY_DATA)
 
 
 def check_pooling(pooling: str, calibrated: bool, refit: bool) -> None:
@@ -63,7 +66,7 @@ def check_pooling(pooling: str, calibrated: bool, refit: bool) -> None:
             " set or a folder of images)"
         )
     if calibrated and pooling in POOLING and not refit:
-        takers = ", ".join((*MERGING, WIDTH))
+        takers = ", ".join(BY_DATA)
         raise UserError(
             f"pooling {pooling!r} takes no calibration images; {takers} do, and so does --refit"
         )
@@ -73,6 +76,7 @@ def check_heads(before: vit.VisionTransformer, after: vit.VisionTransformer, poo
     """Raise UserError unless a rule makes the heads of one model those of the other."""
     have, want = before.attention.num_kv_heads, after.attention.num_kv_heads
     narrows = before.head_widths != after.head_widths
+    check_groups(have, want)
     if pooling == WIDTH and have != want:
         raise UserError(
             f"pooling {WIDTH!r} keeps all {have} key/value heads, and {want} were asked for; give"
@@ -151,7 +155,6 @@ def _merge(
     images: np.ndarray | None,
 ) -> None:
     have, want = before.attention.num_kv_heads, after.attention.num_kv_heads
-    check_groups(have, want)
     if have == want:
         _check_equal_groups(before, variables, after)
         params, fixed = variables["params"], _known_groups(before, variables)
