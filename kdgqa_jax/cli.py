@@ -91,6 +91,12 @@ COMMANDS: dict[str, Command] = {
         commands.run_compile,
         has_config=True,
     ),
+    "doctor": Command(
+        "what this machine has, and what would hold a run back",
+        flags.add_doctor,
+        commands.run_doctor,
+        has_config=True,
+    ),
     "bench train": Command(
         "time and memory of training steps, variant by variant",
         flags.add_bench_steps,
