@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from kdgqa_jax import commands, console, flags, memory, processes
+from kdgqa_jax import commands, console, extras, flags, memory
 from kdgqa_jax.errors import Preempted, UserError, one_line, printable, unknown
 from kdgqa_jax.version import __version__
 
@@ -24,6 +24,7 @@ class Command:
       run: does it, by the flags.
       has_config: takes --config.FIELD=VALUE.
       resumes: the same command finishes what was interrupted.
+      extra: what installs the packages that it needs: a name in `extras.EXTRAS`.
     """
 
     summary: str
@@ -31,6 +32,7 @@ class Command:
     run: Callable[[argparse.Namespace], None]
     has_config: bool = False
     resumes: bool = False
+    extra: str = "train"
 
 
 COMMANDS: dict[str, Command] = {
@@ -40,6 +42,7 @@ COMMANDS: dict[str, Command] = {
         commands.run_demo,
         has_config=True,
         resumes=True,
+        extra="demo",
     ),
     "study": Command(
         "the protocol of a config: variants x seeds, a table, plots",
@@ -47,6 +50,7 @@ COMMANDS: dict[str, Command] = {
         commands.run_study,
         has_config=True,
         resumes=True,
+        extra="demo",
     ),
     "train": Command(
         "one training run of a config",
@@ -59,22 +63,29 @@ COMMANDS: dict[str, Command] = {
         "download a data set, or tell how to get it; count it",
         flags.add_prepare,
         commands.run_prepare,
+        extra="data",
     ),
     "convert": Command(
         "a checkpoint to a grouped variant, or back to PyTorch",
         flags.add_convert,
         commands.run_convert,
+        extra="convert",
     ),
     "merge-encoder": Command(
         "a text or audio encoder of transformers with fewer key/value heads",
         flags.add_merge_encoder,
         commands.run_merge_encoder,
+        extra="convert",
     ),
     "evaluate": Command(
         "accuracy and calibration on a data set", flags.add_evaluate, commands.run_evaluate
     ),
-    "predict": Command("logits or top classes of images", flags.add_predict, commands.run_predict),
-    "inspect": Command("what a model directory holds", flags.add_inspect, commands.run_inspect),
+    "predict": Command(
+        "logits or top classes of images", flags.add_predict, commands.run_predict, extra="convert"
+    ),
+    "inspect": Command(
+        "what a model directory holds", flags.add_inspect, commands.run_inspect, extra="convert"
+    ),
     "compile": Command(
         "memory and time of a step on a TPU slice that is not here",
         flags.add_compile,
@@ -103,6 +114,7 @@ COMMANDS: dict[str, Command] = {
         "time and memory of a conversion",
         flags.add_bench_convert,
         commands.run_bench_convert,
+        extra="convert",
     ),
 }
 
@@ -169,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             names = vars(arguments).keys() - {"command", "overrides"}
             known = sorted(f"--{name.replace('_', '-')}" for name in names)
             raise unknown("argument", arguments.overrides[0], known)
-        command.run(arguments)
+        with extras.named(f"kdgqa {arguments.command}", command.extra):
+            command.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         hint = f"; {RESUMES}" if command.resumes else ""
@@ -198,13 +211,19 @@ def _complain(arguments: argparse.Namespace, text: str) -> None:
 def _part(arguments: argparse.Namespace, status: int) -> int:
     """The exit status; several processes end together."""
     if getattr(arguments, "multihost", False):
+        from kdgqa_jax import processes  # which imports JAX, as most mistakes need not
+
         processes.part(status)
     return status
 
 
 def _fail(arguments: argparse.Namespace, error: Exception) -> int:
     """Say what went wrong; the exit status."""
-    joined = getattr(arguments, "multihost", False) and processes.joined()
+    joined = False
+    if getattr(arguments, "multihost", False):
+        from kdgqa_jax import processes
+
+        joined = processes.joined()
     if isinstance(error, UserError):
         text = str(error)
     elif joined:

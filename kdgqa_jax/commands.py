@@ -6,13 +6,13 @@ import pathlib
 import sys
 from typing import Any
 
-from kdgqa_jax import flags
+from kdgqa_jax import extras, flags
 from kdgqa_jax.errors import UserError, printable
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
     """The protocol of a study, on the demo's data."""
-    from kdgqa_jax import config, study
+    from kdgqa_jax import config
 
     settings = config.load_config(f"demo:dataset={arguments.dataset}")
     for stage in (settings.pretrain, settings.uptrain, settings.finetune):
@@ -20,15 +20,23 @@ def run_demo(arguments: argparse.Namespace) -> None:
     settings.seeds, settings.seed = arguments.seeds, arguments.seed
     if arguments.variants:
         settings.variants = tuple(arguments.variants.split(","))
-    study.run_study(config.override(settings, arguments.overrides), arguments.workdir)
+    _run_study(config.override(settings, arguments.overrides), arguments.workdir)
 
 
 def run_study(arguments: argparse.Namespace) -> None:
     """The protocol of a config."""
-    from kdgqa_jax import config, study
+    from kdgqa_jax import config
 
     settings = config.override(config.load_config(arguments.config), arguments.overrides)
-    study.run_study(settings, arguments.workdir)
+    _run_study(settings, arguments.workdir)
+
+
+def _run_study(settings: Any, workdir: str) -> None:
+    from kdgqa_jax import study
+
+    for package in ("scipy", "matplotlib"):  # of the report: its lack is found before hours of work
+        extras.needs(package, "the report of a study")
+    study.run_study(settings, workdir)
 
 
 def run_train(arguments: argparse.Namespace) -> None:

@@ -289,7 +289,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa evaluate`."""
-    from kdgqa_jax.data.sources import SHIFTS
+    from kdgqa_jax.data.shifts import SHIFTS
 
     _add_checkpoint(parser)
     add_prepare(parser)
