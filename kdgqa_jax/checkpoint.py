@@ -316,7 +316,7 @@ def save_model(
 def check_replaceable(path: str | os.PathLike) -> None:
     """Raise UserError if something other than a model directory is there."""
     path = paths.local(path).absolute()
-    ours = {"model.json", WEIGHTS}
+    ours = {"model.json", WEIGHTS, "README.md"}  # the last is a card of what was there
     if os.path.lexists(path) and not (path.is_dir() and set(os.listdir(path)) <= ours):
         raise UserError(
             f"{path} holds something else than a model; move it away, or write elsewhere"

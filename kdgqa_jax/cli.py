@@ -83,6 +83,18 @@ COMMANDS: dict[str, Command] = {
     "predict": Command(
         "logits or top classes of images", flags.add_predict, commands.run_predict, extra="convert"
     ),
+    "export": Command(
+        "a model as one file that JAX and NumPy can call",
+        flags.add_export,
+        commands.run_export,
+        extra="convert",
+    ),
+    "card": Command(
+        "a model card: source, conversion, data, figures, how to load",
+        flags.add_card,
+        commands.run_card,
+        extra="convert",
+    ),
     "inspect": Command(
         "what a model directory holds", flags.add_inspect, commands.run_inspect, extra="convert"
     ),

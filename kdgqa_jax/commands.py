@@ -6,7 +6,7 @@ import pathlib
 import sys
 from typing import Any
 
-from kdgqa_jax import extras, flags
+from kdgqa_jax import extras, flags, workdir
 from kdgqa_jax.errors import UserError, printable
 
 
@@ -150,7 +150,7 @@ def _write_figures(arguments: argparse.Namespace, results: list[dict[str, Any]])
     """Write what a benchmark found to --json, with what it was measured on."""
     import jax
 
-    from kdgqa_jax import version, workdir
+    from kdgqa_jax import version
 
     if arguments.json:
         device = jax.devices()[0]
@@ -167,7 +167,7 @@ def _write_figures(arguments: argparse.Namespace, results: list[dict[str, Any]])
 
 def run_convert(arguments: argparse.Namespace) -> None:
     """Write a model directory, or with --to a file of PyTorch names."""
-    from kdgqa_jax import convert, workdir
+    from kdgqa_jax import convert
     from kdgqa_jax.console import say, table
 
     workdir.check_new(arguments.out)
@@ -211,7 +211,7 @@ def _calibration(
 
 def run_merge_encoder(arguments: argparse.Namespace) -> None:
     """Write an encoder's directory with fewer key/value heads."""
-    from kdgqa_jax import convert, workdir
+    from kdgqa_jax import convert
     from kdgqa_jax.console import say, table
     from kdgqa_jax.convert import merging_encoder
 
@@ -242,30 +242,61 @@ def run_predict(arguments: argparse.Namespace) -> None:
 
     out, features = arguments.out, arguments.features
     predict.check_output(out, features)
-    names, predictions, classes = predict.predict_files(
-        arguments.checkpoint,
-        arguments.images,
-        arguments.batch_size,
-        features,
-        needs_classes=not out or not out.endswith(".npy"),
-    )
+    asked = arguments.images, arguments.batch_size
+    needs_classes = not out or not out.endswith(".npy")
+    if arguments.exported:
+        if features:
+            raise UserError("--features belongs to --checkpoint: an exported function has logits")
+        from kdgqa_jax import exported
+
+        names, output, classes = exported.predict_files(
+            arguments.exported, *asked, needs_classes=needs_classes
+        )
+        groupings = []
+    else:
+        names, predictions, classes = predict.predict_files(
+            arguments.checkpoint, *asked, features, needs_classes=needs_classes
+        )
+        output, groupings = predictions.output, predict.describe_allocation(predictions.allocation)
     if out:
-        predict.write(out, names, predictions, classes, arguments.top)
+        predict.write(out, names, output, classes, arguments.top)
         say(f"{len(names)} images, written: {out}")
     else:
-        top = predict.top_classes(predictions.logits, classes, arguments.top)
+        top = predict.top_classes(output, classes, arguments.top)
         rows = [
             [name, ", ".join(f"{label} {100 * p:.1f} %" for label, p in best)]
             for name, best in zip(names, top, strict=True)
         ]
         table(("image", f"top {arguments.top}"), rows)
-    for line in predict.describe_allocation(predictions.allocation):
+    for line in groupings:
         say(line)
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """Write a model as a function."""
+    from kdgqa_jax import exported
+    from kdgqa_jax.console import say
+
+    workdir.check_new(arguments.out)
+    platforms = [name for name in arguments.platforms.split(",") if name]
+    metadata = exported.export(
+        arguments.checkpoint, arguments.out, platforms, arguments.allocation_scope
+    )
+    say(f"written: {arguments.out}, for {', '.join(metadata['platforms'])}; any batch size")
+
+
+def run_card(arguments: argparse.Namespace) -> None:
+    """Write a model card."""
+    from kdgqa_jax import card
+    from kdgqa_jax.console import say
+
+    place = card.write(arguments.checkpoint, arguments.out, arguments.results, arguments.license)
+    say(f"written: {place}")
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Figures on a data set, as lines and a file."""
-    from kdgqa_jax import evaluate, logs, predict, workdir
+    from kdgqa_jax import evaluate, logs, predict
     from kdgqa_jax.console import say, table
 
     _check_json("--out", arguments.out)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from kdgqa_jax.errors import UserError
 
-_CONVERT = ("safetensors", "huggingface_hub", "PIL", "rich", "orbax")
+_CONVERT = ("safetensors", "huggingface_hub", "PIL", "rich", "orbax", "flatbuffers")
 _TRAIN = (*_CONVERT, "ml_collections", "optax", "grain", "tensorboardX")
 _DATA = ("PIL", "sklearn", "tensorflow_datasets", "importlib_resources")
 _DEMO = (*_TRAIN, *_DATA, "scipy", "matplotlib")

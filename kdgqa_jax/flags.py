@@ -263,7 +263,9 @@ def _add_options(parser: argparse.ArgumentParser, options: dict[str, dict]) -> N
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa predict`."""
-    _add_checkpoint(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=PATH, help="a model directory")
+    source.add_argument("--exported", type=PATH, metavar="FILE", help="what `kdgqa export` wrote")
     parser.add_argument(
         "--images",
         nargs="+",
@@ -285,6 +287,34 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top", type=POSITIVE, default=5, help="how many classes")
     parser.add_argument("--batch-size", type=POSITIVE, default=256, help="images per batch")
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa export`."""
+    _add_checkpoint(parser)
+    parser.add_argument("--out", type=PATH, required=True, help="the .npz or .onnx file to write")
+    parser.add_argument(
+        "--platforms", default="cpu,cuda,tpu", help="where it is to run, with commas"
+    )
+    parser.add_argument(
+        "--allocation-scope",
+        choices=["example"],
+        help="group heads image by image, where the model groups by batches",
+    )
+
+
+def add_card(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa card`."""
+    _add_checkpoint(parser)
+    parser.add_argument("--out", type=PATH, help="a .md file; none: README.md beside the model")
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        type=PATH,
+        default=[],
+        help=".json files of `kdgqa evaluate --out` to report",
+    )
+    parser.add_argument("--license", help="of the weights: an identifier such as apache-2.0")
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -362,10 +392,14 @@ class Help(argparse.HelpFormatter):
 def usage(parser: argparse.ArgumentParser) -> str:
     """The usage line of a command: what it needs."""
     needed = [a for a in parser._actions if a.required]
-    shown = [
-        f"{a.option_strings[0]} {a.metavar or a.dest.upper()}"
-        if a.option_strings
-        else "{" + ",".join(a.choices) + "}"
-        for a in needed
+    shown = [_shown(a) if a.option_strings else "{" + ",".join(a.choices) + "}" for a in needed]
+    either = [
+        "(" + " | ".join(map(_shown, group._group_actions)) + ")"
+        for group in parser._mutually_exclusive_groups
+        if group.required
     ]
-    return " ".join([parser.prog, *shown, "[options]"])
+    return " ".join([parser.prog, *either, *shown, "[options]"])
+
+
+def _shown(flag: argparse.Action) -> str:
+    return f"{flag.option_strings[0]} {flag.metavar or flag.dest.upper()}"
