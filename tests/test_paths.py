@@ -1,6 +1,7 @@
 """Paths with a scheme, and empty ones, are refused wherever a path can be given."""
 
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -93,7 +94,8 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_functions_refuse_other_storage(call, monkeypatch):
     if call is CALLS["predict_files"]:
+        model = types.SimpleNamespace(image_shape=(8, 8))
         about = {"channels": 3, "class_names": [], "preprocessing": {}}
-        monkeypatch.setattr(checkpoint, "load_model", lambda path: (None, {}, about))
+        monkeypatch.setattr(checkpoint, "load_model", lambda path: (model, {}, about))
     with pytest.raises(UserError, match=r"'gs://bucket/x.*' is not on the local file system"):
         call("gs://bucket/x")

@@ -47,7 +47,7 @@ class Source:
     needs_dir: bool = True
 
     def how_to(self, name: str, data_dir: str) -> str:
-        """How the files are had, in one sentence."""
+        """How to obtain the files, in one sentence."""
         return self.how.format(name=name, data_dir=data_dir or "DIR")
 
 
