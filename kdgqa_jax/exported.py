@@ -161,7 +161,7 @@ def export(
         FUNCTION: np.frombuffer(program.serialize(), np.uint8),
     }
     with workdir.written_file(place) as temporary, temporary.open("wb") as file:
-        np.savez(file, **members)
+        np.savez(file, allow_pickle=False, **members)
     return metadata
 
 

@@ -64,7 +64,7 @@ def _step(
     variables: dict[str, Any],
     images: Array,
     mask: Array,
-):
+) -> tuple[Array, Array]:
     method = FEATURES[features] if features else None
     output, collections = vit.apply_in_evaluation(model, variables, images, mask, method=method)
     return output, layers.grouping_of(collections)["allocation"]
@@ -221,10 +221,10 @@ def read_batches(
     prepared = image_files.Preprocessing(**preprocessing)
 
     def batches() -> Iterator[np.ndarray]:
-        *size, channels = image_shape
+        height, width, channels = image_shape
         for i in range(0, len(paths), batch_size):
             chunk = paths[i : i + batch_size]
-            pixels = [image_files.read(path, tuple(size), channels, prepared) for path in chunk]
+            pixels = [image_files.read(path, (height, width), channels, prepared) for path in chunk]
             yield prepared.normalise(np.stack(pixels))
 
     return [str(path) for path in paths], batches(), min(batch_size, len(paths))
@@ -258,7 +258,7 @@ def top_classes(
 def describe_allocation(allocations: np.ndarray) -> list[str]:
     """A line per layer: the allocations that its batches (or images) had, (n, L, K)."""
     lines = []
-    for layer, rows in enumerate(layers.allocations_by_frequency(allocations)):
+    for layer, rows in enumerate(layers.allocations_by_frequency(list(allocations))):
         more = f" (and {len(rows) - 1} others)" if len(rows) > 1 else ""
         shown = " ".join(map(str, rows[0]))
         lines.append(f"layer {layer}: query heads per key/value head {shown}{more}")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdgqa_jax import checkpoint, config, evaluate, layers, logs, train
+from kdgqa_jax import checkpoint, config, evaluate, layers, logs, train, vit
 from kdgqa_jax.errors import UserError
 
 
@@ -132,7 +132,9 @@ def test_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, stop_at):
 def test_a_run_resumes_with_its_layers_in_the_other_layout(tmp_path, monkeypatch, before, after):
     def settings(scan_layers):
         changes = {"ema_decay": 0.9, "optim.freeze": ("pos_embed", "blocks_*/norm1")}
-        return tiny_config("dgqa_diff", **changes, **{"model.scan_layers": scan_layers})
+        changed = tiny_config("dgqa_diff", **changes, **{"model.scan_layers": scan_layers})
+        changed.model.update({**vit.SIZES["mu"], "name": "custom", "patch_size": 4, "depth": 2})
+        return changed
 
     interrupt(settings(before), tmp_path / "run", 8)
     saved, restored = final_state(tmp_path / "run"), []
@@ -169,7 +171,7 @@ def test_seed_decides_the_run(whole_run, tmp_path):
 
 
 def test_mha_learns_digits(tmp_path):
-    settings = tiny_config(epochs=8.0, log_every=50, checkpoint_every=1000)
+    settings = tiny_config(batch_size=64, epochs=5.0, log_every=50, checkpoint_every=1000)
     result = train.train_and_evaluate(settings, tmp_path)
     assert result["top1"] > 80
 

@@ -82,7 +82,7 @@ def refit_output(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Ridge regression of a target on the outputs of the heads, towards the present weights.
 
-    Minimises E|y - W^T a - b|^2 + r |W - W_o|^2 over W and b, where a is all heads' output before
+    Minimises `E|y - W^T a - b|^2 + r |W - W_o|^2` over W and b, where a is all heads' output before
     the output projection and y the residual update that is wanted.
 
     Args:
