@@ -23,7 +23,6 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "encoders": ("tokenizers",),
     "prepare": ("tensorflow",),
     "wandb": ("wandb",),
-    "onnx": ("jax2onnx",),
     "all": (*_DEMO, "tokenizers"),
 }
 """The packages, as they are imported, of the extras that users ask for, small ones first."""

@@ -292,7 +292,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa export`."""
     _add_checkpoint(parser)
-    parser.add_argument("--out", type=PATH, required=True, help="the .npz or .onnx file to write")
+    parser.add_argument("--out", type=PATH, required=True, help="the .npz file to write")
     parser.add_argument(
         "--platforms", default="cpu,cuda,tpu", help="where it is to run, with commas"
     )

@@ -88,6 +88,7 @@ def test_every_pair_of_job_recipe_model_and_variant_is_among_the_cells():
         assert {(c[i], c[j]) for c in cells()} == set(itertools.product(axes[i], axes[j]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("job", "recipe", "model", "attention"), list(cells()))
 def test_full_size_training_step_is_built_abstractly(monkeypatch, job, recipe, model, attention):
     monkeypatch.setattr(augment, "rand_augment", traced_once)
