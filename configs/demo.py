@@ -11,17 +11,26 @@ from kdgqa_jax.config import parse_arg, study_config
 from kdgqa_jax.errors import unknown
 
 PLANS = {
-    "digits": {"model": "mu/2", "side": 8, "batch": 64, "epochs": (45.0, 7.0), "window": 80},
+    "digits": {
+        "model": "mu/2",
+        "side": 8,
+        "batch": 64,
+        "epochs": (45.0, 7.0),
+        "window": 80,
+        "rates": {"train": 1_000.0, "evaluate": 3_000.0, "overhead": 10.0},
+    },
     "fashion_mnist": {
         "model": "mu/4",
         "side": 28,
         "batch": 128,
         "epochs": (4.0, 1.0),
         "window": 240,
+        "rates": {"train": 1_300.0, "evaluate": 4_000.0, "overhead": 10.0},
     },
 }
 """epochs: of pretraining, and of uptraining and fine-tuning each; window: two updates of DGQA's
-allocation in each of those, at the start and half-way, so that weights have time to follow."""
+allocation in each of those, at the start and half-way, so that weights have time to follow; rates:
+of two CPU cores, roughly, for --dry-run."""
 
 
 ENTRIES = ("mha", "gqa", "gqa@svd", "kdgqa", "dgqa_ema", "dgqa_diff", "pgqa")
@@ -56,4 +65,5 @@ def get_config(arg=""):
     config.pretrain.model.drop_path = 0.2
     config.pretrain.optim.weight_decay = 0.5
     config.finetune.data.shift = "negative_quarter_turn"
+    config.rates.update(plan["rates"])
     return config

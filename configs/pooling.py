@@ -10,6 +10,8 @@ what has been run, on which hardware, and what came out; the whole has not been 
 Argument string: `pooling:data_dir=DIR,kv=2` (kv: key/value heads; default 4).
 """
 
+from kdgqa_jax.configs._studies import RATES
+
 from kdgqa_jax.config import parse_arg, study_config
 
 RULES = (
@@ -47,4 +49,5 @@ def get_config(arg=""):
     config.uptrain.optim.learning_rate = 5e-4
     config.uptrain.optim.warmup_steps = 10
     config.finetune.epochs = 0.0
+    config.rates.update(RATES)
     return config

@@ -90,6 +90,7 @@ def summarise(directory: str | os.PathLike) -> tuple[list[tuple[str, str]], list
         "attention": model.attention.variant,
         "query heads": model.attention.num_heads,
         "key/value heads": model.attention.num_kv_heads,
+        "head width": _widths(*model.head_widths),
         "layers": model.depth,
         "width": model.width,
         "MLP width": model.block.mlp_width,
@@ -115,6 +116,10 @@ def summarise(directory: str | os.PathLike) -> tuple[list[tuple[str, str]], list
             )
         )
     return [(name, str(value)) for name, value in facts.items()], rows
+
+
+def _widths(head: int, value: int) -> str:
+    return str(head) if head == value else f"{head} of queries and keys, {value} of values"
 
 
 def _numbers(values: Any) -> str:

@@ -1,7 +1,8 @@
 """Grouped query attention: one Flax module for every variant, and the table of variants.
 
     B  batch             T  query tokens        S  key/value tokens (S == T in self-attention)
-    N  query heads       K  key/value heads     H  width of one head     D  model width (N*H)
+    N  query heads       K  key/value heads     D  model width
+    H  width of one query or key head           V  width of one value head
 
 The variants differ in two places only: the rule that groups query heads (rules.py) and whether
 noise is subtracted (noise.py). `VARIANTS` is the table of those two choices; `register` adds a row.
@@ -141,6 +142,7 @@ class AttentionConfig:
       qkv_bias: the query, key and value projections have a bias.
       proj_bias: the output projection has a bias.
       head_width: H; None: the model width over N.
+      v_head_width: V; None: H.
       qk_norm: a norm over the width of each query and key head, before their products. Rules score
         the keys as they are before it.
       scale_attn_norm: a norm over all heads before the output projection.
@@ -159,7 +161,8 @@ class AttentionConfig:
     attn_dropout: float = option(0.0, RUN, check=check_rate)
     qkv_bias: bool = option(True, ARCHITECTURE)
     proj_bias: bool = option(True, ARCHITECTURE)
-    head_width: int | None = option(None, ARCHITECTURE)
+    head_width: int | None = option(None, CONVERSION)
+    v_head_width: int | None = option(None, CONVERSION)
     qk_norm: bool = option(False, ARCHITECTURE)
     scale_attn_norm: bool = option(False, ARCHITECTURE)
     implementation: str | None = option(None, PROGRAM, choices=(None, *IMPLEMENTATIONS))
@@ -169,16 +172,17 @@ class AttentionConfig:
         options.check(self)
         resolve_num_kv_heads(self.variant, self.num_heads, self.num_kv_heads)
         self.rule.check(self.num_heads, self.num_kv_heads)
-        if self.head_width is not None:
-            check_positive("head_width", self.head_width)
+        for name in ("head_width", "v_head_width"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
 
-    def width_of_heads(self, width: int) -> int:
-        """H in a model of some width. Raises UserError if its heads are not of one width."""
-        if self.head_width is not None:
-            return self.head_width
-        if width % self.num_heads:
+    def widths_of_heads(self, width: int) -> tuple[int, int]:
+        """(H, V) in a model of some width. Raises UserError if its heads are not of one width."""
+        head_width = self.head_width
+        if head_width is None and width % self.num_heads:
             raise UserError(f"width {width} is not a multiple of the {self.num_heads} query heads")
-        return width // self.num_heads
+        head_width = head_width or width // self.num_heads
+        return head_width, self.v_head_width or head_width
 
     @property
     def has_memory(self) -> bool:
@@ -250,14 +254,14 @@ class GroupedQueryAttention(nn.Module):
 
         layer = GroupedQueryAttention(attention.configure("dgqa_ema", num_heads=8, window=100))
 
-    Parameters: query (D,N,H), key and value (D,K,H), out (N,H,D) kernels with biases.
+    Parameters: query (D,N,H), key (D,K,H), value (D,K,V), out (N,V,D) kernels with biases.
     Collection `norm_stats` (mutable in training): the memory of the rule, such as `key_norm` (K,)
     float32 and `allocation` (K,) int32 for DGQA. Evaluation reads it and changes nothing. RNG
     streams: `dropout`, and `noise` for PGQA.
 
     Sown when the collection is mutable: `grouping` gets key_norm (the scores), allocation and
     group_index; `intermediates` gets the attention maps BNTS; `inputs` gets what the projections
-    see: x BTD, and heads BTNH before the output projection.
+    see: x BTD, and heads BTNV before the output projection.
 
     Attributes:
       config: what the layer is.
@@ -295,7 +299,7 @@ class GroupedQueryAttention(nn.Module):
         """
         config, width = self.config, x.shape[-1]
         check_rate("dropout", self.dropout)
-        head_width = config.width_of_heads(width)
+        head_width, v_head_width = config.widths_of_heads(width)
         self._record("inputs", x=x)
         common = {
             "kernel_init": self.kernel_init,
@@ -303,15 +307,13 @@ class GroupedQueryAttention(nn.Module):
             "param_dtype": self.param_dtype,
         }
 
-        def heads(count: int, name: str) -> Array:
-            dense = nn.DenseGeneral(
-                (count, head_width), use_bias=config.qkv_bias, name=name, **common
-            )
+        def heads(count: int, width: int, name: str) -> Array:
+            dense = nn.DenseGeneral((count, width), use_bias=config.qkv_bias, name=name, **common)
             return checkpoint_name(dense(x), name)
 
-        query = heads(config.num_heads, "query")  # BTNH
-        key = heads(config.num_kv_heads, "key")  # BSKH
-        value = heads(config.num_kv_heads, "value")  # BSKH
+        query = heads(config.num_heads, head_width, "query")  # BTNH
+        key = heads(config.num_kv_heads, head_width, "key")  # BSKH
+        value = heads(config.num_kv_heads, v_head_width, "value")  # BSKV
 
         index = self._group_index(query, key, train, step, mask)
         if config.qk_norm:

@@ -20,23 +20,29 @@ def run_demo(arguments: argparse.Namespace) -> None:
     settings.seeds, settings.seed = arguments.seeds, arguments.seed
     if arguments.variants:
         settings.variants = tuple(arguments.variants.split(","))
-    _run_study(config.override(settings, arguments.overrides), arguments.workdir)
+    settings = config.override(settings, arguments.overrides)
+    _run_study(settings, arguments.workdir, arguments.jobs)
 
 
 def run_study(arguments: argparse.Namespace) -> None:
-    """The protocol of a config."""
-    from kdgqa_jax import config
+    """The protocol of a config, or what it would do."""
+    from kdgqa_jax import config, dry_run
 
     settings = config.override(config.load_config(arguments.config), arguments.overrides)
-    _run_study(settings, arguments.workdir)
+    if arguments.dry_run:
+        dry_run.show(settings, arguments.workdir)
+        return
+    if not arguments.workdir:
+        raise UserError("a study needs --workdir DIR, where its results go; --dry-run needs none")
+    _run_study(settings, arguments.workdir, arguments.jobs)
 
 
-def _run_study(settings: Any, workdir: str) -> None:
+def _run_study(settings: Any, workdir: str, jobs: int) -> None:
     from kdgqa_jax import study
 
     for package in ("scipy", "matplotlib"):  # of the report: its lack is found before hours of work
         extras.needs(package, "the report of a study")
-    study.run_study(settings, workdir)
+    study.run_study(settings, workdir, jobs)
 
 
 def run_train(arguments: argparse.Namespace) -> None:
@@ -295,21 +301,12 @@ def run_card(arguments: argparse.Namespace) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    """Figures on a data set, as lines and a file."""
-    from kdgqa_jax import evaluate, logs, predict
+    """Figures on a data set, or of a probe, as lines and a file."""
+    from kdgqa_jax import logs, predict
     from kdgqa_jax.console import say, table
 
     _check_json("--out", arguments.out)
-    result, class_names = evaluate.evaluate_directory(
-        arguments.checkpoint,
-        arguments.dataset,
-        arguments.data_dir,
-        split=arguments.split,
-        shift=arguments.shift,
-        batch_size=arguments.batch_size,
-        per_class=arguments.per_class,
-        compare_names=not arguments.ignore_class_names,
-    )
+    result, class_names = _probed(arguments) if arguments.probe else _evaluated(arguments)
     by_class = result.pop("per_class", None)
     rows = []
     if by_class:
@@ -319,18 +316,62 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         about = ("checkpoint", "dataset", "split", "shift")
         about = {name: getattr(arguments, name) for name in about}
         workdir.write_json(pathlib.Path(arguments.out), logs.valid_json({**about, **result}))
+    figures = [f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"]
+    if result["loss"] is not None:
+        figures.append(f"loss {result['loss']:.4f}")
+    if "calibration_error" in result:
+        figures.append(f"expected calibration error {result['calibration_error']:.2f} %")
+    what = f"{arguments.probe} probe on " if arguments.probe else ""
     say(
-        f"{arguments.dataset} {arguments.split}: top-1 {result['top1']:.2f} %, top-5"
-        f" {result['top5']:.2f} %, loss {result['loss']:.4f}, expected calibration error"
-        f" {result['calibration_error']:.2f} %, {result['count']:,} images"
+        f"{what}{arguments.dataset} {arguments.split}: {', '.join(figures)},"
+        f" {result['count']:,} images"
     )
     if rows:
         shown = [[n, f"{c:,}", "" if top1 is None else f"{top1:.2f}"] for n, c, top1 in rows]
         table(("class", "images", "top-1 %"), shown, numbers=True)
-    for line in predict.describe_allocation([result["allocation"]]):
-        say(line)
+    if "allocation" in result:
+        for line in predict.describe_allocation([result["allocation"]]):
+            say(line)
     if arguments.out:
         say(f"written: {arguments.out}")
+
+
+def _evaluated(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]]:
+    from kdgqa_jax import evaluate
+
+    if arguments.seed:
+        raise UserError("--seed belongs to --probe linear")
+    return evaluate.evaluate_directory(
+        arguments.checkpoint,
+        arguments.dataset,
+        arguments.data_dir,
+        split=arguments.split,
+        shift=arguments.shift,
+        batch_size=arguments.batch_size,
+        per_class=arguments.per_class,
+        compare_names=not arguments.ignore_class_names,
+    )
+
+
+def _probed(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]]:
+    from kdgqa_jax import probes
+
+    if arguments.split != "test":
+        raise UserError("--probe is fitted to the training images; leave --split train out")
+    if arguments.ignore_class_names:
+        raise UserError("--probe reads no class names of the model; leave --ignore-class-names out")
+    if arguments.seed and arguments.probe != "linear":
+        raise UserError("--seed belongs to --probe linear")
+    return probes.probe_directory(
+        arguments.checkpoint,
+        arguments.dataset,
+        arguments.probe,
+        arguments.data_dir,
+        shift=arguments.shift,
+        batch_size=arguments.batch_size,
+        per_class=arguments.per_class,
+        seed=arguments.seed,
+    )
 
 
 def _check_json(flag: str, path: str | None) -> None:

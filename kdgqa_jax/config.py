@@ -57,6 +57,10 @@ def train_config() -> ConfigDict:
                 "name": "digits",
                 "data_dir": "",
                 "shift": "none",  # a name in data.sources.SHIFTS
+                # Drawn by the seed of the run (data.subsets); test images by a fixed one.
+                "train_share": 1.0,  # of the images to train on
+                "test_share": 1.0,
+                "label_noise": 0.0,  # share of training labels that are wrong
                 "mean": 0.5,  # of pixel values in 0..1: one number, or one per channel
                 "std": 0.5,
                 # How the host brings images to one size: data.images.Preprocessing.
@@ -110,11 +114,13 @@ def train_config() -> ConfigDict:
 
 
 def study_config() -> ConfigDict:
-    """All fields of a study: the protocol over variants and seeds."""
+    """All fields of a study: the protocol over a grid of cells and seeds (docs/studies.md)."""
     return ConfigDict(
         {
             # Entries of the table, VARIANT or VARIANT@RULE: see entry.py.
             "variants": ("mha", "gqa", "kdgqa", "dgqa_ema", "dgqa_diff", "pgqa"),
+            # Further axes, "FIELD=VALUE|VALUE": see grid.py.
+            "grid": (),
             "num_kv_heads": config_dict.placeholder(int),  # None: half the query heads
             "pooling": "mean",  # the rule of variants without one
             "calibration_images": 512,  # the first ones that uptraining trains on
@@ -122,9 +128,19 @@ def study_config() -> ConfigDict:
             "uptrain_steps": (),
             "seed": 42,  # of the first run; the others count up from it
             "seeds": 1,  # how many
+            # Names in probes.PROBES, of frozen features, after the stages (grid.STAGES) in probed.
+            "probes": (),
+            "probed": ("converted",),
+            # epochs=0: every cell starts from the model in pretrain.init, as it is
             "pretrain": train_config(),
             "uptrain": train_config(),
             "finetune": train_config(),  # this and uptrain: epochs=0 leaves the stage out
+            # For --dry-run, as long as nothing has been measured; 0: unknown.
+            "rates": {
+                "train": 0.0,  # images/s
+                "evaluate": 0.0,  # images/s; also of features
+                "overhead": 0.0,  # seconds of every stage: compiling, loading, saving
+            },
         },
         type_safe=False,
     )
@@ -236,8 +252,15 @@ def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
             raise UserError(f"{argument!r} must have the form --config.{field}=VALUE")
         if field not in fields:
             raise unknown("config field", field, fields)
-        config.update_from_flattened_dict({field: _parse(field, text, *fields[field])})
+        kind, value = fields[field]
+        if kind is type(None):  # of a copy, in which an empty field has lost its type
+            kind = _fields(_schema(config))[field][0]
+        config.update_from_flattened_dict({field: _parse(field, text, kind, value)})
     return config
+
+
+def _schema(config: ConfigDict) -> ConfigDict:
+    return study_config() if "variants" in config else train_config()
 
 
 def check_fields(config: ConfigDict, schema: ConfigDict, prefix: str = "") -> None:

@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from kdgqa_jax.attention import VARIANTS, variant_name
-from kdgqa_jax.convert.heads import check_pooling
-from kdgqa_jax.convert.merging import MERGING
 from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.heads.grouping import check_pooling
+from kdgqa_jax.heads.merging import MERGING
 
 _OPTIONS = ("free", "refit")
 

@@ -58,7 +58,7 @@ def calibration_error(count: Any, correct: Any, confidence: Any) -> float:
     return float(100 * gaps.sum() / np.sum(count))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def make_eval_step(
     model: vit.VisionTransformer,
     mean: augment.Statistic,
@@ -206,17 +206,48 @@ def evaluate_directory(
       UserError: no model or no data there, or a model for other classes or channels.
     """
     mesh = sharding.make_mesh()
-    if batch_size is None:
-        batch_size = sharding.next_batch_size(BATCH_SIZE, mesh)
-    sharding.check_batch_size("--batch-size", batch_size, mesh)
+    batch_size = checked_batch_size(batch_size, mesh)
     model, variables, description = checkpoint.load_model(directory)
     dataset = sources.load(data_name, data_dir, shift)
     _check_classes(directory, model, description, dataset, compare_names)
+    dataset, statistics = prepared(directory, model, description, dataset)
+    examples = {"test": dataset.test, "train": dataset.train}[split]
+    memory.check_batch("--batch-size", batch_size, (*examples.shape, description["channels"]))
+    eval_step = make_eval_step(model, *statistics, mesh)
+    variables = jax.device_put(variables, sharding.replicated(mesh))
+    with ProgressBar("evaluate", -(-len(examples) // batch_size)) as bar:
+        result = evaluate(
+            eval_step, variables, examples, batch_size, mesh, per_class, on_batch=bar.update
+        )
+    return {**result, "batch_size": batch_size}, dataset.class_names
+
+
+def checked_batch_size(batch_size: int | None, mesh: jax.sharding.Mesh) -> int:
+    """The batch size that was asked for; None: `BATCH_SIZE`, or a bit more for the devices.
+
+    Raises UserError: one that the devices cannot share.
+    """
+    if batch_size is None:
+        batch_size = sharding.next_batch_size(BATCH_SIZE, mesh)
+    sharding.check_batch_size("--batch-size", batch_size, mesh)
+    return batch_size
+
+
+def prepared(
+    directory: str | os.PathLike,
+    model: vit.VisionTransformer,
+    description: dict[str, Any],
+    dataset: sources.Dataset,
+) -> tuple[sources.Dataset, tuple[Any, Any]]:
+    """(the data set as a model directory prepares images, mean and standard deviation of pixels).
+
+    Raises UserError: images of another number of channels.
+    """
     channels, given = description["channels"], dataset.image_shape[-1]
     if channels != given:
         raise UserError(
             f"the model in {directory} takes {_COLOURS.get(channels, 'other')} images"
-            f" ({channels} channels), those of {data_name} are {_COLOURS.get(given, 'other')}"
+            f" ({channels} channels), those of {dataset.name} are {_COLOURS.get(given, 'other')}"
             f" ({given}); `kdgqa convert --source {directory} --channels {given} --out DIR` makes"
             " a model for them"
         )
@@ -224,16 +255,7 @@ def evaluate_directory(
     config = ml_collections.ConfigDict(
         {**dataclasses.asdict(preprocessing), "skip_corrupt": False}, type_safe=False
     )
-    dataset = pipeline.prepare(dataset, model.image_shape, config)
-    examples = {"test": dataset.test, "train": dataset.train}[split]
-    memory.check_batch("--batch-size", batch_size, (*examples.shape, channels))
-    eval_step = make_eval_step(model, *pipeline.statistics(config), mesh)
-    variables = jax.device_put(variables, sharding.replicated(mesh))
-    with ProgressBar("evaluate", -(-len(examples) // batch_size)) as bar:
-        result = evaluate(
-            eval_step, variables, examples, batch_size, mesh, per_class, on_batch=bar.update
-        )
-    return {**result, "batch_size": batch_size}, dataset.class_names
+    return pipeline.prepare(dataset, model.image_shape, config), pipeline.statistics(config)
 
 
 _COLOURS = {1: "grey", 3: "RGB"}

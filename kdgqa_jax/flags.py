@@ -79,6 +79,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants", help="with commas, VARIANT or VARIANT@RULE; none: all, and gqa@svd"
     )
+    _add_jobs(parser)
 
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -168,13 +169,28 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_study(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa study`."""
-    _add_workdir(parser)
+    _add_config(parser)
+    parser.add_argument("--workdir", type=PATH, help="directory of the study")
+    _add_jobs(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show cells and an estimate of time, run nothing"
+    )
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="NAME[:key=value,...] or a .py file")
+
+
+def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobs", type=POSITIVE, default=1, help="cells at once, on cores of their own"
+    )
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa train`."""
-    add_study(parser)
+    _add_workdir(parser)
+    _add_config(parser)
     parser.add_argument(
         "--multihost", action="store_true", help="one of several processes: the same on every host"
     )
@@ -211,6 +227,8 @@ CONVERT_OPTIONS: dict[str, dict] = {
     "attention": {"help": "variant; none: that of the source"},
     "num_kv_heads": {"type": POSITIVE, "help": "key/value heads; none: kept (of mha: half)"},
     "pooling": {"default": "mean", "help": "how, such as svd or first"},
+    "head_width": {"type": POSITIVE, "help": "of queries, keys (and values); none: as it is"},
+    "v_head_width": {"type": POSITIVE, "help": "of values; none: as --head-width"},
     "refit": {"action": "store_true", "default": False, "help": "output to the calibration images"},
     "seed": {"type": SEED, "default": 0, "help": "of all random choices"},
     "image_size": {"type": IMAGE_SIZE, "help": "SIDE or HEIGHTxWIDTH; none: as it is"},
@@ -324,6 +342,12 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
     add_prepare(parser)
     parser.add_argument("--split", choices=["test", "train"], default="test", help="which images")
+    parser.add_argument(
+        "--probe",
+        metavar="{linear,knn}",
+        help="of frozen features: fitted to the training images, evaluated on the test images",
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="of what a linear probe holds out")
     parser.add_argument("--shift", default="none", help=", ".join(SHIFTS))
     parser.add_argument(
         "--batch-size",

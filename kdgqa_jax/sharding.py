@@ -108,15 +108,31 @@ def jit_for(
     return decorate
 
 
+def is_automatic(mesh: jax.sharding.AbstractMesh) -> bool:
+    """Whether it is one of `make_mesh`, whose partitioner is at work."""
+    return set(AXES) <= set(mesh.axis_names) and mesh.are_all_axes_auto
+
+
 def split_batch(x: jax.Array) -> jax.Array:
     """The same activations, split over the devices by their leading axis and by no other.
 
     Without this the partitioner may follow a parameter that is split over `fsdp`: it gathers the
     batch and splits the model width instead. Outside of `jit_for` nothing happens.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = set(AXES) <= set(mesh.axis_names) and mesh.are_all_axes_auto
+    automatic = is_automatic(jax.sharding.get_abstract_mesh())
     return jax.lax.with_sharding_constraint(x, _BATCH) if automatic else x
+
+
+def on_each_device(function: Callable[..., Any], batch_size: int) -> Callable[..., Any]:
+    """`function` of arrays with a leading batch axis, each device working on its own examples.
+
+    The partitioner would gather the batch for a loop over examples. Outside of `jit_for`, and for a
+    batch that the devices do not divide, it is `function` itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not is_automatic(mesh) or batch_size % batch_devices(mesh):
+        return function
+    return jax.shard_map(function, in_specs=_BATCH, out_specs=_BATCH, check_vma=False)
 
 
 def platform() -> str:
@@ -128,7 +144,7 @@ def platform() -> str:
 # --- batches ------------------------------------------------------------------------------------
 
 
-def batch_devices(mesh: Mesh) -> int:
+def batch_devices(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
     """How many devices a batch is split over."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

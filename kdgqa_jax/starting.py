@@ -15,9 +15,9 @@ import ml_collections
 from kdgqa_jax import checkpoint, convert, layers, options, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
-from kdgqa_jax.convert import heads
 from kdgqa_jax.data import pipeline
 from kdgqa_jax.errors import UserError
+from kdgqa_jax.heads import grouping
 from kdgqa_jax.options import ARCHITECTURE, CONVERSION, PROGRAM, RUN
 
 
@@ -67,7 +67,7 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
     if not config.init:
         model = {**config.model.to_dict(), "num_classes": num_classes}
         return Start(model, preprocessing)
-    defaults, asked = config_lib.train_config(), _asked(config)
+    asked = _asked(config)
     converted, of_the_run = _options(CONVERSION), _options(RUN, PROGRAM)
     found = convert.load(
         config.init,
@@ -88,15 +88,12 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
         **{k: v for k, v in asked.items() if k not in ("name", *converted)},
         **{name: config.model[name] for name in of_the_run},
     }
-    theirs = found.description["preprocessing"]
-    for name, value in preprocessing.items():
-        if name in theirs and value == defaults.data[name] and theirs[name] != value:
-            preprocessing[name] = _plain(theirs[name])
-            if preprocessing[name] != value:
-                followed[name] = preprocessing[name]
+    theirs = follow_preprocessing(config.data, found.description["preprocessing"])
+    followed |= theirs
+    preprocessing |= theirs
     built = vit.create(**model)
     memory = found.variables.get("norm_stats", {})
-    memory, _ = heads.fit_norm_stats(found.model, memory, built)
+    memory, _ = grouping.fit_norm_stats(found.model, memory, built)
     params = layers.cast(found.variables["params"], built.param_dtype)
     layout = layers.stack_layers if built.scan_layers else layers.unstack_layers
     variables = {"params": layout(params), "norm_stats": layout(memory)}
@@ -114,6 +111,18 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
     if followed:
         notes.append(f"taken over: {', '.join(f'{k} {v}' for k, v in followed.items())}")
     return Start(model, preprocessing, tuple(notes), variables)
+
+
+def follow_preprocessing(data: ml_collections.ConfigDict, theirs: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `config.data` that a model's own preprocessing changes: none that were set."""
+    defaults = config_lib.train_config().data
+    changed = {}
+    for name in pipeline.PREPROCESSING:
+        if name in theirs and data[name] == defaults[name] and theirs[name] != data[name]:
+            plain = _plain(theirs[name])
+            if plain != data[name]:
+                changed[name] = plain
+    return changed
 
 
 def _plain(statistic: Any) -> Any:

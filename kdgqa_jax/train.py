@@ -17,7 +17,7 @@ from kdgqa_jax import checkpoint, memory, optim, options, processes, sharding, s
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.console import ProgressBar, say
-from kdgqa_jax.data import augment, identity, pipeline, sources
+from kdgqa_jax.data import augment, identity, pipeline, subsets
 from kdgqa_jax.errors import LARGEST, Preempted, UserError, check_seed, unknown
 from kdgqa_jax.evaluate import evaluate, make_eval_step
 from kdgqa_jax.logs import MetricsWriter, check_packages, read_metrics
@@ -136,7 +136,7 @@ def _train_and_evaluate(
     mesh = check(config)
     asked, config = config.to_dict(), config.copy_and_resolve_references()
     data = config.data
-    dataset = sources.load(data.name, data.data_dir, data.shift)
+    dataset = subsets.load(data, config.seed)
     data_now = identity.describe(dataset)
     steps_per_epoch = len(dataset.train) / config.batch_size
     num_steps = count_steps(config, len(dataset.train))

@@ -162,9 +162,9 @@ class VisionTransformer(nn.Module):
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
     @property
-    def head_width(self) -> int:
-        """H."""
-        return self.attention.width_of_heads(self.width)
+    def head_widths(self) -> tuple[int, int]:
+        """H of query and key heads, and V of value heads."""
+        return self.attention.widths_of_heads(self.width)
 
     @property
     def normalises_pooled(self) -> bool:
@@ -388,7 +388,7 @@ def create(name: str, *, attention: str = "mha", **values: Any) -> VisionTransfo
 
 def _check_together(model: VisionTransformer) -> None:
     """Raise UserError for options that do not fit together."""
-    model.attention.width_of_heads(model.width)
+    model.attention.widths_of_heads(model.width)
     if model.pool == "map" and model.width % model.attention.num_heads:
         raise UserError(
             f'pool "map" needs a width that is a multiple of {model.attention.num_heads} heads, not'

@@ -321,15 +321,15 @@ def assert_away_from_ties(attention: str, norms: Any, num_heads: int) -> None:
 
 
 def naive_attention(query, key, value, index, mask=None, cotangent=None):
-    """Per-head attention in float64 for BTNH, BSKH, BSKH and an index (N,) or (B, N).
+    """Per-head attention in float64 for BTNH, BSKH, BSKV and an index (N,) or (B, N).
 
-    Returns (out BTNH, maps BNTS, gradients of sum(out * cotangent) or None).
+    Returns (out BTNV, maps BNTS, gradients of sum(out * cotangent) or None).
     """
     q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, length, num_heads, width = q.shape
     index = np.broadcast_to(index, (batch, num_heads))
     maps = np.zeros((batch, num_heads, length, k.shape[1]))
-    out = np.zeros(q.shape)
+    out = np.zeros((*q.shape[:3], v.shape[3]))
     if mask is not None:
         mask = np.broadcast_to(mask, maps.shape)
     grads = [np.zeros(x.shape) for x in (q, k, v)]

@@ -6,9 +6,21 @@ import jax
 import numpy as np
 import pytest
 from helpers import DGQA, VARIANTS
-from kdgqa_jax.configs import _recipes
+from kdgqa_jax.configs import _recipes, sweep
 
-from kdgqa_jax import aot, cli, config, layers, sharding, starting, study, train, vit
+from kdgqa_jax import (
+    aot,
+    checkpoint,
+    cli,
+    config,
+    grid,
+    layers,
+    sharding,
+    starting,
+    study_checks,
+    train,
+    vit,
+)
 from kdgqa_jax.data import augment, sources
 from kdgqa_jax.errors import UserError
 
@@ -40,16 +52,66 @@ def count(tree):
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", ["demo", "pooling:kv=2"])
-def test_every_config_of_a_study_can_be_run(monkeypatch, name):
-    def empty(name, data_dir, shift):
-        """Black images of the size of a data set, whose files need not be there."""
-        row = sources.SOURCES[name]
-        split = sources.ArraySplit(np.zeros((9, *row.native_size), np.uint8), np.zeros(9, np.int32))
-        return sources.Dataset(name, row.class_names, split, split, row.native_size)
+STUDIES = (
+    *("demo", "demo:dataset=fashion_mnist", "pooling:kv=2", "fashion_mnist"),
+    *("dinov2", "dinov2:data=fashion_mnist", "dinov2:part=finetune"),
+    *(f"sweep:of={name}" for name in sweep.SWEEPS),
+)
 
-    monkeypatch.setattr(sources, "load", empty)
-    study._check(config.load_config(name))
+
+def test_every_config_of_a_study_is_in_the_list():
+    named = {name.partition(":")[0] for name in STUDIES}
+    assert named == {n for n in config.config_names() if "variants" in config.load_config(n)}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_a_dry_run_with_an_estimate(capsys, name):
+    """Without data, model or workdir."""
+    assert cli.main(["study", "--config", name, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert " cells, " in shown and "estimate, by declared rates: " in shown
+    for cell in grid.cells(config.load_config(name)):
+        assert cell.name.split(",")[0].split(" ")[0] in shown
+
+
+@pytest.fixture
+def empty(monkeypatch):
+    """Black images of the size of a data set, whose files need not be there."""
+
+    def load(name, data_dir="", shift="none"):
+        row = sources.SOURCES[name]
+        size, names = row.native_size or (9, 9, 3), row.class_names
+        names = names if isinstance(names, tuple) else ("a",) * row.num_classes
+        split = sources.ArraySplit(np.zeros((900, *size), np.uint8), np.zeros(900, np.int32))
+        return sources.Dataset(name, names, split, split, size)
+
+    monkeypatch.setattr(sources, "load", load)
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if "dinov2" not in name])
+def test_every_config_of_a_study_can_be_run(empty, name):
+    settings = config.load_config(name)
+    study_checks.check_fields(settings)
+    described = study_checks.check(settings, grid.cells(settings), study_checks.Datasets())
+    assert {what.split(",")[0] for what in described} >= {"pretrain data", "uptrain data"}
+
+
+@pytest.mark.parametrize("part", ["probe", "finetune"])
+def test_studies_of_a_given_model_can_be_run(empty, tmp_path, part):
+    """A model with six heads and another size, in the place of the pretrained one."""
+    arguments = {"name": "mu/14", "num_heads": 6, "width": 12, "depth": 1, "image_size": 28}
+    made = vit.create(**arguments, num_classes=0)
+    variables = jax.device_get(vit.init_variables(made, jax.random.key(0)))
+    about = {"model": {**arguments, "num_classes": 0}, "channels": 3, "class_names": [],
+             "preprocessing": {}}  # fmt: skip
+    checkpoint.save_model(tmp_path / "model", variables, about)
+    settings = config.load_config(f"dinov2:part={part},init={tmp_path / 'model'}")
+    described = study_checks.check(settings, grid.cells(settings), study_checks.Datasets())
+    names = {"probe": set(), "finetune": {"elpv", "tuxpaint_stamps"}}[part]
+    assert {d.name for n, d in described.items() if n.startswith("finetune")} == names
+    with pytest.raises(UserError, match=r"pretrain: .*nowhere"):
+        settings.pretrain.init = str(tmp_path / "nowhere")
+        study_checks.check(settings, grid.cells(settings), study_checks.Datasets())
 
 
 @pytest.mark.parametrize("recipe", _recipes.RECIPES)

@@ -18,8 +18,8 @@ from merging_helpers import (
 )
 
 from kdgqa_jax import block, convert, vit
-from kdgqa_jax.convert import refitting
 from kdgqa_jax.errors import UserError
+from kdgqa_jax.heads import refitting
 
 NO_BIAS = {"qkv_bias": False, "proj_bias": False}
 KINDS = {

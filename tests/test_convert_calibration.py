@@ -17,10 +17,10 @@ from merging_helpers import (
 from PIL import Image
 
 from kdgqa_jax import checkpoint, cli, convert, layers
-from kdgqa_jax.convert import calibration, merging_vit
 from kdgqa_jax.data import sources
 from kdgqa_jax.data.images import Preprocessing
 from kdgqa_jax.errors import UserError
+from kdgqa_jax.heads import calibration, merging_vit
 
 # --- moments ------------------------------------------------------------------------------------
 

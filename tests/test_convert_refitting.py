@@ -10,6 +10,7 @@ from helpers import H, N
 
 from kdgqa_jax import convert, layers
 from kdgqa_jax.errors import UserError
+from kdgqa_jax.heads import ridge
 
 STRENGTH = 1e-2
 
@@ -97,6 +98,44 @@ def test_refit_of_a_model_equals_a_naive_pass(models):
             assert found[name]["attn"][kept] is pooled[name]["attn"][kept]
 
 
+def test_the_ridge_is_the_best_on_images_held_out(models):
+    """Of the first layer, by least squares on what every fifth image does not see."""
+    before, params, after, pooled, images = models
+    _, refits = convert.refit_outputs(
+        before, {"params": params}, after, {"params": pooled}, images, batch_size=4
+    )
+    x = np.asarray(before.apply({"params": params}, images, method="embed"), np.float64)
+    stream, _, _ = naive_blocks(x, params["blocks_0"], np.arange(N))
+    _, heads, _ = naive_blocks(x, pooled["blocks_0"], np.repeat(np.arange(3), 2))
+    held = np.arange(13) % 5 == 4
+    a, y = heads.reshape(*x.shape[:2], N * H), stream - x
+    seen, wanted = (z[~held].reshape(-1, z.shape[-1]) for z in (a, y))
+    judge, target = (z[held].reshape(-1, z.shape[-1]) for z in (a, y))
+    kernel = np.asarray(pooled["blocks_0"]["attn"]["out"]["kernel"], np.float64).reshape(N * H, -1)
+    missed = {}
+    for strength in ridge.STRENGTHS:
+        root = np.sqrt(len(seen) * strength * seen.var(0).mean()) * np.eye(N * H)
+        rows = np.concatenate([seen - seen.mean(0), root])
+        solved = np.linalg.lstsq(rows, np.concatenate([wanted - wanted.mean(0), root @ kernel]))[0]
+        error = target - wanted.mean(0) - (judge - seen.mean(0)) @ solved
+        missed[strength] = np.sum(error**2) / np.sum((target - target.mean(0)) ** 2)
+    found = refits["blocks_0"]
+    assert found.held_out.keys() == missed.keys()
+    for strength, share in missed.items():
+        helpers.assert_close(found.held_out[strength], share, 1e-3)
+    assert found.strength == min(missed, key=missed.get)
+    assert max(missed.values()) > 1.05 * min(missed.values())
+
+
+def test_few_images_hold_none_out(models):
+    before, params, after, pooled, images = models
+    few = (before, {"params": params}, after, {"params": pooled}, images[:4])
+    found, refits = convert.refit_outputs(*few)
+    same, _ = convert.refit_outputs(*few, strength=ridge.UNTRIED)
+    jax.tree.map(np.testing.assert_array_equal, found, same)
+    assert refits["blocks_0"].held_out == {}
+
+
 def test_both_layouts_of_layers_give_the_same(models):
     before, params, after, pooled, images = models
     unrolled, _ = convert.refit_outputs(
@@ -117,6 +156,7 @@ def test_a_variant_with_memory_is_refitted_as_it_starts(models):
     after = helpers.tiny_vit("dgqa_ema")
     grouped = convert.group_heads(before, {"params": params}, after, images=images, refit=True)
     assert "output projections refitted with 13 images" in grouped.notes[-1]
+    assert "that misses least on every 5th image, held out; by layer" in grouped.notes[-2]
     assert grouped.how["out"] == "refitted"
     assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), grouped.params))
 

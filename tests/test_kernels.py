@@ -82,6 +82,27 @@ def test_output_and_gradients_equal_the_loop(way, per_example, kind):
 
 
 @every_way
+@pytest.mark.parametrize("values", [H - 3, H + 2])
+@pytest.mark.parametrize("equal", [False, True])
+def test_values_may_be_of_another_width_than_keys(way, values, equal):
+    if equal and "expansion" in WAYS[way]:
+        pytest.skip("equal groups are not expanded")
+    query, key, _ = qkv()
+    inputs = query, key, jnp.asarray(helpers.normal(7, B, S, K, values))
+    cotangent, mask = helpers.normal(3, B, T, N, values), some_mask("causal")
+    index = np.arange(N) // (N // K) if equal else random_index(0, True)
+    compute = value_and_vjp(mask=mask, **WAYS[way])
+    out, grads = compute(*inputs, cotangent, *([] if equal else [index]))
+    expected, maps, expected_grads = helpers.naive_attention(*inputs, index, mask, cotangent)
+    assert out.shape == (B, T, N, values)
+    helpers.assert_close(out, expected, 1e-5)
+    for actual, wanted in zip(grads, expected_grads, strict=True):
+        helpers.assert_close(actual, wanted, 1e-5)
+    seen = grouped_attention(*inputs, jnp.asarray(index), mask=mask, return_maps=True)
+    helpers.assert_close(seen, (expected, maps), 1e-5)
+
+
+@every_way
 def test_idle_heads_get_exactly_zero_gradient_and_no_other_head_does(way):
     compute = value_and_vjp(**WAYS[way])
     cotangent = helpers.normal(3, B, T, N, H)

@@ -109,6 +109,7 @@ def test_it_is_preferred_where_it_serves(monkeypatch, version):
         (True, {"width": 12}, "its head width must be a multiple of 8 up to 128, and not 12"),
         (True, {"width": 136}, "its head width must be a multiple of 8 up to 128, and not 136"),
         (True, {"mask": True}, "it takes no mask"),
+        (True, {"values": 8}, "it takes values as wide as keys, and not 8 and 16"),
     ],
 )
 def test_what_it_cannot_serve_is_told_in_one_sentence(monkeypatch, gpu, change, message):
@@ -117,7 +118,9 @@ def test_what_it_cannot_serve_is_told_in_one_sentence(monkeypatch, gpu, change, 
     options = {"implementation": "cudnn"}
     if change.pop("mask", False):
         options["mask"] = np.ones((9, 9), bool)
+    values = change.pop("values", None)
     given = [jnp.zeros(x.shape, x.dtype) for x in inputs(9, **change)]
+    given[2] = given[2][..., :values]
     for run in (lambda f, *x: f(*x), jax.eval_shape):
         with pytest.raises(UserError, match=f"'cudnn' cannot serve here: {message}") as caught:
             run(lambda *qkv: grouped_attention(*qkv, **options), *given)

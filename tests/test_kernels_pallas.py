@@ -113,6 +113,7 @@ def test_one_compilation_serves_every_index():
         ({"tokens": 7}, "it takes at least 8 tokens"),
         ({"memory": 100}, r"the heads of 128 tokens, \(6, 8\), take more than 100 bytes"),
         ({"width": 12}, "its head width must be a multiple of 8, and not 12"),
+        ({"values": 16}, "it takes values as wide as keys, and not 16 and 8"),
         ({"dtype": np.float16}, "it takes float32 and bfloat16, and not float16"),
         ({"interpret": False}, "it is a kernel for TPUs, and this program is for .* 'cpu'"),
     ],
@@ -126,7 +127,8 @@ def test_what_it_cannot_serve_is_told_in_one_sentence(monkeypatch, change, messa
     )
     options = {"implementation": "pallas", "mask": change.get("mask")}
     with pytest.raises(UserError, match=message) as caught:
-        run(lambda *qkv: grouped_attention(*qkv, **options), *given[:3])
+        value = jnp.tile(given[2], change.get("values", 8) // 8)
+        run(lambda *qkv: grouped_attention(*qkv, **options), *given[:2], value)
     assert "\n" not in str(caught.value)
 
 

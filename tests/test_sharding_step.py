@@ -69,10 +69,12 @@ def exchanged_by_augmentation(form: pixels.Form) -> list[str]:
     """The collectives of RandAugment alone."""
     pixels.FORMS[jax.default_backend()] = form
     jax.clear_caches()
-    split = sharding.batch_sharded(sharding.make_mesh())
+    mesh = sharding.make_mesh()
+    split = sharding.batch_sharded(mesh)
     images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.uint8, sharding=split)
     keys = jax.ShapeDtypeStruct((16,), jax.random.key(0).dtype, sharding=split)
-    program = jax.jit(rand_augment, out_shardings=split).lower(images, keys).compile().as_text()
+    augment = sharding.jit_for(mesh, out_shardings=split)(rand_augment)
+    program = augment.lower(images, keys).compile().as_text()
     return re.findall(rf" ({OPERATIONS})(?:-start)?\(", program)
 
 

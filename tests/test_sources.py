@@ -55,6 +55,8 @@ def test_every_data_set_of_the_paper_has_a_row_that_fits_itself():
         "tiny_imagenet": 200,
         "cinic10": 10,
         "digits": 10,
+        "elpv": 4,
+        "tuxpaint_stamps": 16,
         "folder:PATH": None,
         "tfds:NAME": None,
     }

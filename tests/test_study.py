@@ -17,8 +17,8 @@ from kdgqa_jax.errors import UserError
 
 FIELDS = {
     "entry", "variant", "rule", "seed", "stage", "top1", "top5", "loss", "num_params",
-    "num_kv_params", "num_heads", "num_kv_heads", "steps", "seconds", "allocation",
-    "idle_kv_heads", "config", "versions", "device",
+    "num_kv_params", "num_heads", "num_kv_heads", "steps", "allocation", "idle_kv_heads",
+    "config", "versions", "device", "settings", "folder",
 }  # fmt: skip
 OVERRIDES = [
     *(f"--config.{stage}.epochs=0.2" for stage in ("pretrain", "uptrain", "finetune")),
@@ -36,17 +36,21 @@ def tiny_study(**changes):
     return settings
 
 
-def figures(workdir):
-    """results.json without times."""
-    records = json.loads((workdir / "report" / "results.json").read_text())
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+def results(workdir):
+    return (workdir / "report" / "results.json").read_bytes()
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("study")
+def finished(tmp_path_factory):
+    """(directory of a study, seconds that it took)."""
+    workdir, started = tmp_path_factory.mktemp("study"), time.monotonic()
     study.run_study(tiny_study(), workdir)
-    return workdir
+    return workdir, time.monotonic() - started
+
+
+@pytest.fixture
+def workdir(finished):
+    return finished[0]
 
 
 @pytest.mark.slow
@@ -91,35 +95,67 @@ def test_report_files(workdir):
 
 
 @pytest.mark.slow
-def test_another_seed_gives_other_figures(workdir, tmp_path):
-    study.run_study(tiny_study(seed=7, variants=("gqa",)), tmp_path)
-    same = [record for record in figures(workdir) if record["variant"] in ("mha", "gqa")]
-    for mine, other in zip(same, figures(tmp_path), strict=True):
-        assert (mine["variant"], mine["stage"]) == (other["variant"], other["stage"])
-        assert mine["loss"] != other["loss"]
-
-
-@pytest.mark.slow
-def test_killed_demo_goes_on_and_ends_with_the_same_figures(workdir, tmp_path):
-    """SIGKILL between two stages, SIGKILL inside one, then to the end: the real command line."""
+def test_killed_at_random_and_restarted_it_ends_with_the_same_results(finished, tmp_path):
+    """SIGKILL at some moment with one job, and with two, then to the end: the real command line."""
+    reference, seconds = finished
     command = [
         str(pathlib.Path(sys.executable).parent / "kdgqa"),
         *("demo", "--workdir", str(tmp_path), "--variants", VARIANTS, *OVERRIDES),
     ]
     environment = {**os.environ, "PYTHONPATH": ""}
-    for seen in ("seed42/gqa/converted/record.json", "seed42/kdgqa/uptrained/checkpoints/2"):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-        deadline = time.monotonic() + 240
-        while not (tmp_path / seen).exists():
-            assert process.poll() is None and time.monotonic() < deadline
+    moments = np.random.default_rng(0)
+    for jobs in ("1", "2"):
+        process = subprocess.Popen(
+            [*command, "--jobs", jobs], stdout=subprocess.DEVNULL, env=environment
+        )
+        while not (tmp_path / "config.json").exists():
+            assert process.poll() is None
             time.sleep(0.02)
+        time.sleep(moments.uniform(0.1, 0.5) * seconds)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not (tmp_path / "report" / "results.json").exists()
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    again = [*command, "--jobs", "2"]
+    ended = subprocess.run(again, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr
-    assert "step 0/" not in ended.stdout and "variant" in ended.stdout
-    assert figures(tmp_path) == figures(workdir)
+    assert results(tmp_path) == results(reference)
+    timings = json.loads((tmp_path / "report" / "timings.json").read_text())
+    assert len(timings) == 7 and all(value > 0 for value in timings.values())
+
+
+@pytest.mark.slow
+def test_a_given_model_probes_and_a_cell_that_fails(workdir, tmp_path):
+    """A learning rate that overflows is found out in the run; all that does not need it is done."""
+    given = workdir / "seed42" / "pretrained"
+    settings = tiny_study(variants=("gqa",), seeds=2, probes=("knn", "linear"))
+    settings.grid = ("uptrain.optim.learning_rate=1e30|1e-3",)
+    settings.pretrain.epochs, settings.finetune.epochs = 0.0, 0.0
+    settings.pretrain.init = str(given / "model")
+    settings.uptrain.data.train_share = 0.5
+    with pytest.raises(UserError, match=r"2 of 4 cells failed.*1e30.*not finite.*failed\.md"):
+        study.run_study(settings, tmp_path)
+    records = json.loads(results(tmp_path))
+    base = [r for r in records if r["stage"] == "pretrained"]
+    assert [(r["seed"], r["folder"]) for r in base] == [(42, "pretrained"), (43, "pretrained")]
+    assert base[0]["top1"] == json.loads((given / "record.json").read_text())["top1"]
+
+    failed = [r for r in records if "failed" in r]
+    bad = "gqa, learning_rate=1e30"
+    assert [(r["entry"], r["seed"], r["stage"]) for r in failed] == [
+        (bad, 42, "uptrained"), (bad, 43, "uptrained")
+    ]  # fmt: skip
+    assert "not finite" in failed[0]["failed"]
+    assert f"- {bad}, seed 42, uptrained: " in (tmp_path / "report" / "failed.md").read_text()
+    assert "learning_rate=1e-3" in (tmp_path / "report" / "results.md").read_text()
+
+    done = [r for r in records if r["seed"] == 42 and r["entry"] == "gqa, learning_rate=1e-3"]
+    probed = ["knn converted", "linear converted"]
+    assert [r["stage"] for r in done] == ["converted", "uptrained", *probed]
+    assert done[1]["steps"] == 2  # of half the images
+    assert all(r["probe"]["training_images"] == 718 and r["top1"] > 60 for r in done[2:])
+    both = [r for r in records if r["stage"] == "converted" and r["seed"] == 42]
+    assert {r["folder"] for r in both} == {"seed42/gqa/converted"} and len(both) == 2
+    by_seed = {r["seed"]: r["top1"] for r in records if r["stage"] == "knn converted"}
+    assert by_seed[42] != by_seed[43]  # other halves of the training images
 
 
 @pytest.mark.slow
@@ -155,6 +191,20 @@ def test_rules_of_conversion_and_lengths_of_uptraining(tmp_path):
         ({"uptrain_steps": ("50", "many")}, "must be different numbers of steps"),
         ({"num_kv_heads": 3}, "does not divide the 8 query heads"),
         ({"seeds": 0}, "must not be empty"),
+        ({"grid": ("num_kv_heads",)}, "'num_kv_heads' must have the form FIELD=VALUE.VALUE"),
+        ({"grid": ("num_kv_heads=2|2",)}, "no value twice"),
+        ({"grid": ("num_kv_heads=2", "num_kv_heads=4")}, "has the axis num_kv_heads twice"),
+        ({"grid": ("num_kv_heads=2|3",)}, "uptrain .num_kv_heads=3.: .*does not divide the 8"),
+        ({"grid": ("num_kv_heds=2",)}, "unknown config field 'pretrain.num_kv_heds'"),
+        ({"grid": ("model.windw=2",)}, "unknown config field 'pretrain.model.windw'"),
+        ({"grid": ("pooling=mean|svf",)}, "unknown pooling 'svf': did you mean 'svd'"),
+        ({"grid": ("model.window=0",), "variants": ("dgqa_ema",)}, "window=0 must be"),
+        ({"probes": ("nkn",)}, "unknown probe 'nkn': did you mean 'knn'"),
+        ({"probed": ("tuned",)}, "unknown stage in probed 'tuned': did you mean"),
+        ({"pretrain.epochs": 0.0}, "epochs=0 takes a model as it is; say which one"),
+        ({"uptrain.init": "model"}, "a study begins with the model in pretrain.init"),
+        ({"uptrain.data.train_share": 0.0}, "uptrain: data.train_share=0.0 must be above 0"),
+        ({"finetune.data.label_noise": 1.0}, "finetune: data.label_noise=1.0 must be at least 0"),
         ({"finetune.data.shift": "nope"}, "finetune: unknown shift 'nope': did you mean 'none'"),
         ({"finetune.optim.learning_rate": -1.0}, "finetune: optim.learning_rate=-1.0 must be"),
         ({"finetune.batch_size": 0}, "finetune: batch_size=0 must be a positive multiple"),

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdgqa_jax import checkpoint, config, evaluate, layers, logs, train, vit
+from kdgqa_jax import checkpoint, config, evaluate, layers, logs, train
 from kdgqa_jax.errors import UserError
 
 
@@ -134,7 +134,7 @@ def test_a_run_resumes_with_its_layers_in_the_other_layout(tmp_path, monkeypatch
     def settings(scan_layers):
         changes = {"ema_decay": 0.9, "optim.freeze": ("pos_embed", "blocks_*/norm1")}
         changed = tiny_config("dgqa_diff", **changes, **{"model.scan_layers": scan_layers})
-        changed.model.update({**vit.SIZES["mu"], "name": "custom", "patch_size": 4, "depth": 2})
+        changed.model.name = "mini/4"  # which has two layers
         return changed
 
     interrupt(settings(before), tmp_path / "run", 8)

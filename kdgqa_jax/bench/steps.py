@@ -123,16 +123,16 @@ def bench_steps(
 def model_flops(model: vit.VisionTransformer, batch: int, training: bool) -> float:
     """Floating point operations of a step's matrix products, nothing computed twice.
 
-    Of one layer and image, with T tokens: the projections 2 T D H (2 N + 2 K), maps and heads
-    4 T^2 N H, the MLP 4 T D M, or 6 T D M with a gate. The backward pass counts twice the forward
-    pass.
+    Of one layer and image, with T tokens: the projections 2 T D (H + V) (N + K), maps and heads
+    2 T^2 N (H + V), the MLP 4 T D M, or 6 T D M with a gate. The backward pass
+    counts twice the forward pass.
     """
     heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
-    head_width, patches = model.head_width, model.grid[0] * model.grid[1]
+    head_widths, patches = sum(model.head_widths), model.grid[0] * model.grid[1]
     mlp = (6 if model.block.gated_mlp else 4) * model.width * model.block.mlp_width
     tokens = patches + model.num_prefix_tokens
-    layer = 2 * tokens * model.width * head_width * (2 * heads + 2 * kv_heads)
-    layer += 4 * tokens**2 * heads * head_width + tokens * mlp
+    layer = 2 * tokens * model.width * head_widths * (heads + kv_heads)
+    layer += 2 * tokens**2 * heads * head_widths + tokens * mlp
     embedding = 2 * patches * 3 * model.patch_size**2 * model.width
     head = 2 * model.width * model.num_classes
     return float((model.depth * layer + embedding + head) * batch * (3 if training else 1))

@@ -7,10 +7,8 @@
 files.py reads what is at a place, formats.py and shards.py the arrays in files; sources/ knows, a
 file for each framework, what it calls them, how they become ours and what is said beside them;
 preprocessing.py how images were prepared. structure.py and inference.py find out the architecture,
-adapt.py changes sizes. heads.py makes fewer key/value heads: pooling.py pools them, merging.py
-(merging_vit.py all layers) does so with less loss, by a rule of merging_rules.py and by moments.py
-that calibration.py gathers, and refitting.py lets the output projections follow. loading.py puts
-all together, and exporting.py goes back to PyTorch names.
+adapt.py changes sizes. loading.py puts all together with what kdgqa_jax.heads makes of heads, and
+exporting.py goes back to PyTorch names.
 
 Encoders of transformers: encoder_table.py says what they call their parts, encoders.py reads them,
 encoder_forward.py computes them, encoder_inputs.py makes what they take, merging_encoder.py merges
@@ -18,19 +16,21 @@ their heads.
 """
 
 from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed
-from kdgqa_jax.convert.calibration import gather_moments
 from kdgqa_jax.convert.calibration_images import CalibrationImages
 from kdgqa_jax.convert.exporting import export, to_pytorch
-from kdgqa_jax.convert.heads import Grouped, group_heads
 from kdgqa_jax.convert.loading import Converted, load
-from kdgqa_jax.convert.merging import Merged, balance_heads, merge_heads
 from kdgqa_jax.convert.merging_encoder import MergedEncoder, merge_encoder
-from kdgqa_jax.convert.merging_rules import MERGING
-from kdgqa_jax.convert.merging_vit import to_merged
-from kdgqa_jax.convert.moments import InputMoments, data_free_moments
-from kdgqa_jax.convert.pooling import POOLING, pool_heads, to_grouped
-from kdgqa_jax.convert.refitting import refit_output, refit_outputs
-from kdgqa_jax.convert.suggesting import SUGGESTION_HEADER, suggest_kv_heads
+from kdgqa_jax.convert.suggesting import suggest_kv_heads
+from kdgqa_jax.heads.calibration import gather_moments
+from kdgqa_jax.heads.grouping import Grouped, group_heads
+from kdgqa_jax.heads.merging import Merged, balance_heads, merge_heads
+from kdgqa_jax.heads.merging_rules import MERGING
+from kdgqa_jax.heads.merging_vit import to_merged
+from kdgqa_jax.heads.moments import InputMoments, data_free_moments
+from kdgqa_jax.heads.pooling import POOLING, pool_heads, to_grouped
+from kdgqa_jax.heads.refitting import refit_outputs
+from kdgqa_jax.heads.ridge import refit_output
+from kdgqa_jax.heads.suggesting import SUGGESTION_HEADER
 
 __all__ = [
     "MERGING",

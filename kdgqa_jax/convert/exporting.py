@@ -53,8 +53,10 @@ def _arrays(
     layout = layout or "released"
     if layout not in ("timm", "released"):
         raise unknown("layout", layout, ("timm", "released"))
-    if layout == "timm" and (grouped or ruled):
-        what = "grouped heads" if grouped else f"the groups of {model.attention.variant}"
+    narrow = len(set(model.head_widths)) > 1
+    if layout == "timm" and (grouped or ruled or narrow):
+        what = "grouped heads" if grouped else "values of another width than keys"
+        what = f"the groups of {model.attention.variant}" if ruled else what
         raise UserError(f"timm's fused qkv has no place for {what}; use layout 'released'")
     arrays: Arrays = {}
     parts: dict[str, dict[int, np.ndarray]] = {}
@@ -144,6 +146,10 @@ def _released(
     return arrays, {}, write
 
 
+_SIZES = ("norm_pooled", "head_width", "v_head_width")
+"""Options that may be the reason why a file without metadata cannot be read."""
+
+
 def _lost(
     path: pathlib.Path,
     arrays: Arrays,
@@ -161,7 +167,7 @@ def _lost(
     try:
         found = _read_again(files.at(path, arrays, metadata), model.attention.num_heads)
     except UserError as error:
-        more = {name: own[name] for name in ("norm_pooled", "head_width") if own[name] is not None}
+        more = {name: own[name] for name in _SIZES if own[name] is not None}
         more = [*structure.extras(own), *(f"{name}={value!r}" for name, value in more.items())]
         return more or [f"what reading it takes ({error})"]
     variant = found.arguments["attention"]

@@ -261,7 +261,9 @@ def _parameters(
     except Exception as error:  # options that only building a model finds to be wrong
         raise file.refuse(f"no model can be built ({first_line(error)})") from None
     shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
-    pool_head_width = model.width // model.attention.num_heads
+    pool_width = model.width // model.attention.num_heads
+    head_width, v_head_width = model.head_widths
+    widths = {"value": v_head_width, "out": v_head_width}
     params, missing, wrong = {}, [], []
     for path in paths:
         name, part = file.layout.theirs(path)
@@ -275,8 +277,8 @@ def _parameters(
         expected = expected if part is None else (part.count * expected[0], *expected[1:])
         if array.shape == expected:
             array = array if part is None else part.of(array)
-            pool = path.startswith("attn_pool/")
-            params[path] = transform.read(array, pool_head_width if pool else model.head_width)
+            width = widths.get(path.split("/")[-2], head_width) if "/attn/" in path else pool_width
+            params[path] = transform.read(array, width)
         else:
             wrong.append(f"{name} {array.shape} does not give {path} {shapes[path].shape}")
         origin, how = file.bench.origins.get(name, (name, ""))

@@ -164,8 +164,8 @@ def arguments_of(
     grid = _grid(source, facts, length, patch_size)
     height, side = (n * patch_size for n in grid)
     fields["num_heads"] = num_heads
-    if head_width * num_heads != width:
-        options["head_width"] = head_width
+    widths = ("head_width", "v_head_width")
+    options |= {name: facts.get(name) for name in widths if name in facts.values}
     known = [size for size, numbers in vit.SIZES.items() if numbers == fields]
     hidden = {**layout.defaults, **(layout.gated_defaults if options["gated_mlp"] else {})}
     if "activation" in facts.values:

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kdgqa_jax import checkpoint, layers, paths, vit, workdir
 from kdgqa_jax.attention import VARIANTS, variant_name
-from kdgqa_jax.convert import files, heads
+from kdgqa_jax.convert import files
 from kdgqa_jax.convert.adapt import (
     RESIZING,
     adapt_input_channels,
@@ -23,6 +23,7 @@ from kdgqa_jax.convert.conversion_report import ConversionReport
 from kdgqa_jax.convert.foreign import Loaded, load_foreign
 from kdgqa_jax.data.images import Preprocessing
 from kdgqa_jax.errors import UserError
+from kdgqa_jax.heads import grouping
 from kdgqa_jax.version import versions
 
 
@@ -48,6 +49,8 @@ def load(
     pooling: str = "mean",
     calibration: np.ndarray | CalibrationImages | None = None,
     refit: bool = False,
+    head_width: int | None = None,
+    v_head_width: int | None = None,
     seed: int = 0,
     image_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
@@ -74,6 +77,9 @@ def load(
         take them from. None: without data, by weights and norm scales alone.
       refit: solve for the output projections, layer after layer, so that the residual stream
         follows that of the source; needs calibration images.
+      head_width: of queries and keys, and at most of values; None: as it is. Narrower heads need a
+        rule that makes them, "svd" or "width".
+      v_head_width: of values; None: as it is, and at most `head_width`.
       seed: of random pooling and of what is newly initialised.
       image_size: side in pixels or (height, width); the position embedding is resized. None: that
         of the source.
@@ -111,12 +117,15 @@ def load(
     if image_size is None and loaded.seen_size is not None:
         image_size = loaded.seen_size
     arguments = _wanted(loaded, attention, num_kv_heads, image_size, num_classes, num_heads)
-    before, model = _source_model(loaded), vit.create(**arguments)
+    before = _source_model(loaded)
+    arguments |= _widths(before, head_width, v_head_width)
+    model = vit.create(**arguments)
     arguments["num_kv_heads"] = model.attention.num_kv_heads
     _fit_head(loaded, before, model)
     _fit_images(loaded, before, model, channels)
     _fit_preprocessing(loaded, mean, std)
-    heads.check_pooling(pooling, calibration is not None, refit)
+    grouping.check_pooling(pooling, calibration is not None, refit)
+    grouping.check_heads(before, model, pooling)
     images = _calibration_images(loaded, model, calibration)
     _fit_kv_heads(loaded, before, model, pooling, seed, images, refit)
     _fit_norm_stats(loaded, before, model)
@@ -208,6 +217,26 @@ def _wanted(
     if arguments["num_classes"] != loaded.arguments["num_classes"]:
         arguments["representation_size"] = 0  # belongs to the old head
     return {**arguments, "attention": attention, "num_kv_heads": num_kv_heads}
+
+
+def _widths(
+    before: vit.VisionTransformer, head_width: int | None, v_head_width: int | None
+) -> dict[str, int]:
+    """The arguments of `vit.create` that change for heads of these widths."""
+    have, v_have = before.head_widths
+    head = have if head_width is None else head_width
+    value = min(head, v_have) if v_head_width is None else v_head_width
+    if head_width is None and v_head_width is None:
+        return {}
+    for name, old, new in (("head", have, head), ("v-head", v_have, value)):
+        if not 1 <= new <= old:
+            raise UserError(f"--{name}-width {new}: heads are {old} wide and become no wider")
+    changed = {}
+    if head != have:
+        changed["head_width"] = head
+    if value != (before.attention.v_head_width or head):
+        changed["v_head_width"] = value
+    return changed
 
 
 def _multi_head(attention: str | None) -> bool:
@@ -359,13 +388,13 @@ def _fit_kv_heads(
     images: np.ndarray | None,
     refit: bool,
 ) -> None:
-    """`heads.group_heads`, and what the report says about it."""
+    """`grouping.group_heads`, and what the report says about it."""
     variables = {"params": unflatten_dict(loaded.params, sep="/")}
     if loaded.norm_stats:
         variables["norm_stats"] = unflatten_dict(loaded.norm_stats, sep="/")
     source = model.clone(attention=before.attention, scan_layers=False)
     unrolled = model.clone(scan_layers=False)
-    grouped = heads.group_heads(
+    grouped = grouping.group_heads(
         source, variables, unrolled, pooling, seed=seed, images=images, refit=refit
     )
     loaded.params = flatten_dict(grouped.params, sep="/")
@@ -383,9 +412,9 @@ def _fit_kv_heads(
 def _fit_norm_stats(
     loaded: Loaded, before: vit.VisionTransformer, model: vit.VisionTransformer
 ) -> None:
-    """`heads.fit_norm_stats`, and what the report says about it."""
+    """`grouping.fit_norm_stats`, and what the report says about it."""
     norm_stats = unflatten_dict(loaded.norm_stats, sep="/")
-    fitted, kept = heads.fit_norm_stats(before, norm_stats, model)
+    fitted, kept = grouping.fit_norm_stats(before, norm_stats, model)
     there, loaded.norm_stats = loaded.norm_stats, flatten_dict(fitted, sep="/")
     kept = {"/".join(path) for path in kept}
     for path in there.keys() - kept:

@@ -21,11 +21,11 @@ from kdgqa_jax import workdir
 from kdgqa_jax.convert import encoder_inputs, encoders
 from kdgqa_jax.convert.encoder_forward import hidden_states, layers_of
 from kdgqa_jax.convert.encoders import WEIGHTS, Encoder
-from kdgqa_jax.convert.merging import Merged, merge_heads
-from kdgqa_jax.convert.merging_rules import MERGING
-from kdgqa_jax.convert.moments import InputMoments, data_free_moments
-from kdgqa_jax.convert.pooling import check_groups, pool_heads
 from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.heads.merging import Merged, merge_heads
+from kdgqa_jax.heads.merging_rules import MERGING
+from kdgqa_jax.heads.moments import InputMoments, data_free_moments
+from kdgqa_jax.heads.pooling import check_groups, pool_heads
 
 RULES = ("mean", *MERGING)
 

@@ -1,26 +1,17 @@
-"""How few key/value heads each layer of a model can do with."""
+"""How few key/value heads each layer of a model directory can do with."""
 
 import os
-from typing import Any
 
-import jax
-
-from kdgqa_jax import checkpoint, layers
-from kdgqa_jax.convert.calibration import layer_moments
+from kdgqa_jax import checkpoint
 from kdgqa_jax.convert.calibration_images import CalibrationImages
-from kdgqa_jax.convert.heads import as_equal_groups
-from kdgqa_jax.convert.merging import merge_heads, not_linear
-from kdgqa_jax.convert.moments import InputMoments
 from kdgqa_jax.data.images import Preprocessing
-from kdgqa_jax.errors import UserError
-
-SUGGESTION_HEADER = ("layer", "KV heads", "keys kept, %", "values kept, %")
+from kdgqa_jax.heads.suggesting import check_share, fewest_kv_heads
 
 
 def suggest_kv_heads(
     directory: str | os.PathLike, share: float, calibration: CalibrationImages | None = None
 ) -> tuple[list[tuple[str, ...]], str]:
-    """Per layer the fewest key/value heads whose merging by `svd` keeps a share of the energy.
+    """`heads.suggesting.fewest_kv_heads` of a model directory.
 
     Args:
       directory: a model directory.
@@ -28,52 +19,16 @@ def suggest_kv_heads(
       calibration: images that the energy is measured on; None: by weights and norm scales alone.
 
     Returns:
-      A row under `SUGGESTION_HEADER` for each layer, and a sentence that sums them up. What is
-        averaged, not merged (`merging.NOT_LINEAR`), has an empty cell and takes no part.
+      A row under `SUGGESTION_HEADER` for each layer, and a sentence that sums them up.
 
     Raises:
       UserError: no model there, a share out of range, bad calibration images, a kind of block whose
         heads cannot be merged.
     """
-    if not 0.0 < share <= 1.0:
-        raise UserError(f"share {share} of the energy to keep must be above 0 and at most 1")
+    check_share(share)
     model, variables, description = checkpoint.load_model(directory)
-    params, fixed = as_equal_groups(model, variables)
-    params = layers.unstack_layers(jax.device_get(params))
-    images, by = None, "by weights and norm scales, without data"
+    images = None
     if calibration is not None:
         preprocessing = Preprocessing(**description["preprocessing"])
         images = calibration.read(model.image_shape, description["channels"], preprocessing)
-        by = f"on {len(images)} images"
-    moments = layer_moments(model, variables, images)
-    averaged = not_linear(params["blocks_0"]["attn"])
-    for projection, option in averaged.items():
-        by += f"; {projection} heads, which {option} has averaged, are not counted"
-    by += "" if fixed else ", groups taken as equal"
-    have = model.attention.num_kv_heads
-    fewer = [k for k in range(1, have) if have % k == 0]
-    rows, enough = [], {*fewer, have}
-    for i in range(model.depth):
-        name = f"blocks_{i}"
-        kept = {k: _kept(params[name], moments[name], k) for k in fewer}
-        kept[have] = {p: 1.0 for p in ("key", "value") if p not in averaged}
-        keeping = [k for k, shares in kept.items() if min(shares.values(), default=1.0) >= share]
-        enough &= set(keeping)  # two groups may keep more than three, which cut elsewhere
-        shares = kept[keeping[0]]
-        shown = (f"{100 * shares[p]:.2f}" if p in shares else "" for p in ("key", "value"))
-        rows.append((str(i), str(keeping[0]), *shown))
-    return rows, f"every layer keeps {share:.4g} with {min(enough)} of {have} key/value heads, {by}"
-
-
-def _kept(block: dict[str, Any], moments: InputMoments, num_kv_heads: int) -> dict[str, float]:
-    """Shares of the energy of "key" and "value" heads that merging keeps, of what it merges."""
-    merged = merge_heads(block["attn"], num_kv_heads, moments, layer_scale=block.get("ls1"))
-    energies = {
-        "key": (merged.key_energy, merged.key_lost),
-        "value": (merged.value_energy, merged.value_lost),
-    }
-    return {
-        name: 1.0 - float(lost.sum() / (energy.sum() or 1.0))
-        for name, (energy, lost) in energies.items()
-        if energy is not None
-    }
+    return fewest_kv_heads(model, variables, share, images)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from kdgqa_jax import sharding
 
@@ -23,17 +24,15 @@ LEVELS = 256
 
 
 class Moves(NamedTuple):
-    """Where each image takes its pixels from: one of K kinds.
+    """K ways to find where pixels are taken from.
 
     Attributes:
-      kind: (B,) int32.
       displacement: (K, 2, 3) float32, what to add to a pixel's position to find its source. Rows
         are x and y. Columns are the change per pixel to the right, the change per pixel down, and
         the displacement of the top left pixel's centre, in pixels.
-      axes: for each kind the rows that may differ from zero: "", "x", "y" or "xy".
+      axes: for each way the rows that may differ from zero: "", "x", "y" or "xy".
     """
 
-    kind: Array
     displacement: Array
     axes: tuple[str, ...]
 
@@ -46,14 +45,61 @@ class Form(NamedTuple):
         times. The border is undefined.
       histogram: planes -> (B, C, 256) int32 counts.
       look_up: (planes, lut (B, C, 256) uint8) -> lut[planes], of any integer type.
-      move: (planes of any integer type, moves) -> the nearest source pixels; black where they lie
-        outside.
+      mover: (moves, (H, W)) -> a function of (planes, kind (B,) int32, the way of each image) that
+        gives the nearest source pixels; black where they lie outside.
     """
 
     boxes: Callable[[Array], Array]
     histogram: Callable[[Array], Array]
     look_up: Callable[[Array, Array], Array]
-    move: Callable[[Array, Moves], Array]
+    mover: Callable[[Moves, tuple[int, int]], Callable[[Array, Array], Array]]
+
+
+def on_chosen(
+    function: Callable[..., Array], chosen: Array, planes: Array, *arguments: Array, group: int
+) -> Array:
+    """`function` of the chosen images, a group at a time; the others stay as they are.
+
+    What it costs follows the number of images that are chosen, in steps of `group`. No image is
+    gathered or scattered: images are sliced out and written back one by one.
+
+    Args:
+      function: (planes, *arguments) of a group -> planes of the same shape and dtype.
+      chosen: (B,) bool.
+      planes: (B, C, H, W).
+      arguments: (B,) each.
+      group: how many images are processed at once, at most.
+    """
+    order, count = jnp.argsort(~chosen, stable=True), jnp.sum(chosen)
+    group = min(group, len(planes))
+
+    def process(i: Array, planes: Array) -> Array:
+        # What the last group lacks are repetitions of the last image: all give the same.
+        places = jnp.minimum(i * group + jnp.arange(group), count - 1)
+        indices = pick(order, places)
+        one_by_one = [indices[j] for j in range(group)]
+        images = [jax.lax.dynamic_slice_in_dim(planes, j, 1) for j in one_by_one]
+        new = function(_row_major(jnp.concatenate(images)), *(pick(x, indices) for x in arguments))
+        planes, new = jax.lax.optimization_barrier(  # all is read, so write in place
+            (_row_major(planes), _row_major(new))
+        )
+        for j, index in enumerate(one_by_one):
+            planes = jax.lax.dynamic_update_slice_in_dim(planes, new[j : j + 1], index, 0)
+        return planes
+
+    return jax.lax.fori_loop(0, -(-count // group), process, _row_major(planes))
+
+
+def pick(table: Array | np.ndarray, index: Array) -> Array:
+    """`table[index]` of a vector without a gather; 0 where there is no such entry."""
+    entry = jnp.expand_dims(np.arange(len(table), dtype=np.int32), tuple(range(index.ndim)))
+    table = jnp.expand_dims(table, tuple(range(index.ndim)))
+    return jnp.sum(jnp.where(index[..., None] == entry, table, 0), axis=-1, dtype=table.dtype)
+
+
+def _row_major(x: Array) -> Array:
+    """The same array, each image in one piece: for slices of single images."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _fixed(displacement: Array) -> Array:
@@ -69,10 +115,9 @@ def _offset(fixed: Array, x: Array, y: Array) -> Array:
     return (fixed[0] * x + fixed[1] * y + fixed[2] + 32768) >> 16
 
 
-def _places(planes: Array) -> tuple[np.ndarray, np.ndarray]:
+def _places(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """y (1, H, 1) and x (1, 1, W), int32."""
-    height, width = planes.shape[2:]
-    y, x = np.arange(height, dtype=np.int32), np.arange(width, dtype=np.int32)
+    y, x = (np.arange(side, dtype=np.int32) for side in shape)
     return y[None, :, None], x[None, None]
 
 
@@ -99,19 +144,23 @@ def _take_entries(planes: Array, lut: Array) -> Array:
     return found.reshape(planes.shape)
 
 
-def _take_pixels(planes: Array, moves: Moves) -> Array:
-    batch, channels, height, width = planes.shape
-    fixed = _fixed(moves.displacement[moves.kind])
-    y, x = _places(planes)
-    column, row = x + _offset(fixed[0], x, y), y + _offset(fixed[1], x, y)  # (B, H, W)
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    index = jnp.where(inside, row * width + column, 0).reshape(batch, 1, -1)
-    flat = planes.reshape(batch, channels, -1)
-    found = jnp.take_along_axis(flat, index, axis=2, mode="promise_in_bounds")
-    return jnp.where(inside[:, None], found.reshape(planes.shape), 0)
+def _pixel_taker(moves: Moves, shape: tuple[int, int]) -> Callable[[Array, Array], Array]:
+    y, x = _places(shape)
+    height, width = shape
+
+    def take(planes: Array, kind: Array) -> Array:
+        fixed = _fixed(moves.displacement[kind])
+        column, row = x + _offset(fixed[0], x, y), y + _offset(fixed[1], x, y)  # (B, H, W)
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        index = jnp.where(inside, row * width + column, 0).reshape(len(planes), 1, -1)
+        flat = planes.reshape(*planes.shape[:2], -1)
+        found = jnp.take_along_axis(flat, index, axis=2, mode="promise_in_bounds")
+        return jnp.where(inside[:, None], found.reshape(planes.shape), 0)
+
+    return take
 
 
-INDEXED = Form(_add_neighbours, _count, _take_entries, _take_pixels)
+INDEXED = Form(_add_neighbours, _count, _take_entries, _pixel_taker)
 
 
 # --- dense ---------------------------------------------------------------------------------------
@@ -157,7 +206,7 @@ def _select_entries(planes: Array, lut: Array) -> Array:
     return words[0] >> 8 * (levels & 3) & 255
 
 
-def _multiply_places(planes: Array, moves: Moves) -> Array:
+def _place_multiplier(moves: Moves, shape: tuple[int, int]) -> Callable[[Array, Array], Array]:
     """Pixels are moved along rows first, to the column that needs them, then along columns.
 
     After the first pass, row v has at column x what the output takes from row v there. The output
@@ -166,44 +215,60 @@ def _multiply_places(planes: Array, moves: Moves) -> Array:
     A rotation by less than 60 degrees needs no third.
     """
     fixed_x, fixed_y = _fixed(moves.displacement)
-    y, x = _places(planes)
+    y, x = _places(shape)
     down, v = x.swapaxes(1, 2), y.swapaxes(1, 2)  # (1, W, 1) and (1, 1, H): images are transposed
     start = fixed_y[0] * down + fixed_y[2] + 32768
     first = -((start - (v << 16)) // (65536 + fixed_y[1]))  # (K, W, H): y by x and v
     columns = [down + _offset(fixed_x, down, row) for row in (first, first + 1)]
     row = y + _offset(fixed_y, x, y)  # (K, H, W)
-    below = y - 1 + _offset(fixed_y, x, y - 1) == row
 
-    def of(values: Array, *axes: str) -> dict[int, Array]:
-        return {k: values[k] for k, named in enumerate(moves.axes) if named in axes}
+    def take(values: Array, *axes: str, keep: bool) -> Callable[[Array, Array], Array]:
+        rows = {k: values[k] for k, named in enumerate(moves.axes) if named in axes}
+        return _taker(rows, keep and len(rows) < len(moves.axes))
 
-    turned = planes.swapaxes(2, 3)
-    one = _take(turned, moves.kind, of(columns[0], "x", "xy"), keep=True).swapaxes(2, 3)
-    two = _take(turned, moves.kind, of(columns[1], "xy"), keep=False).swapaxes(2, 3)
-    one = _take(one, moves.kind, of(jnp.where(below, -1, row), "y", "xy"), keep=True)
-    two = _take(two, moves.kind, of(jnp.where(below, row, -1), "xy"), keep=False)
-    return (one + two).astype(jnp.uint8)
+    across, along = take(columns[0], "x", "xy", keep=True), take(row, "y", "xy", keep=True)
+    if "xy" in moves.axes:
+        below = y - 1 + _offset(fixed_y, x, y - 1) == row
+        along = take(jnp.where(below, -1, row), "y", "xy", keep=True)
+        across_too = take(columns[1], "xy", keep=False)
+        along_too = take(jnp.where(below, row, -1), "xy", keep=False)
+
+    def move(planes: Array, kind: Array) -> Array:
+        turned = planes.swapaxes(2, 3)
+        moved = along(across(turned, kind).swapaxes(2, 3), kind)
+        if "xy" in moves.axes:
+            moved += along_too(across_too(turned, kind).swapaxes(2, 3), kind)
+        return moved.astype(jnp.uint8)
+
+    return move
 
 
-def _take(planes: Array, kind: Array, rows: Mapping[int, Array], keep: bool) -> Array:
-    """`planes[b, c, rows[kind[b]][i, j], j]`, 0 outside, as bfloat16.
+def _taker(rows: Mapping[int, Array], keep: bool) -> Callable[[Array, Array], Array]:
+    """(planes, kind) -> `planes[b, c, rows[kind[b]][i, j], j]`, 0 outside, as bfloat16.
 
     Images of a kind that is not in `rows` stay as they are (`keep`), or become 0. One product
     serves all kinds: K copies of the images, each empty but for those of its kind.
     """
-    places = np.arange(planes.shape[2], dtype=np.int32)
-    chosen, sources = [kind == k for k in rows], list(rows.values())
+    shape = next(iter(rows.values())).shape
+    places = np.arange(shape[0], dtype=np.int32)
+    sources = [*rows.values()]
     if keep:
-        chosen.append(~jnp.any(jnp.stack(chosen), axis=0))
-        sources.append(jnp.broadcast_to(places[:, None], planes.shape[2:]))
+        sources.append(jnp.broadcast_to(places[:, None], shape))
     # Behind a barrier, lest the compiler compute the sources again for each of their uses.
     source = jax.lax.optimization_barrier(jnp.stack(sources))
-    images = jnp.where(jnp.stack(chosen, axis=1)[:, None, :, None, None], planes[:, :, None], 0)
-    matches = source[:, None] == places[None, :, None, None]
-    return _product("BCKHW,KHIW->BCIW", images, matches).astype(jnp.bfloat16)
+
+    def take(planes: Array, kind: Array) -> Array:
+        chosen = [kind == k for k in rows]
+        if keep:
+            chosen.append(~jnp.any(jnp.stack(chosen), axis=0))
+        images = jnp.where(jnp.stack(chosen, axis=1)[:, None, :, None, None], planes[:, :, None], 0)
+        matches = source[:, None] == places[None, :, None, None]
+        return _product("BCKHW,KHIW->BCIW", images, matches).astype(jnp.bfloat16)
+
+    return take
 
 
-DENSE = Form(_multiply_neighbours, _multiply_halves, _select_entries, _multiply_places)
+DENSE = Form(_multiply_neighbours, _multiply_halves, _select_entries, _place_multiplier)
 
 FORMS: dict[str, Form] = {"cpu": INDEXED}
 """By platform; the others take `DENSE`."""

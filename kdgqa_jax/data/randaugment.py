@@ -1,11 +1,11 @@
 """RandAugment on the device: torchvision's fourteen operations on PIL images, for whole batches.
 
-Every operation is one of three kinds of work, so a batch in which each image has its own operation
-takes one pass of each kind, with parameters that leave the other images as they are:
+Every operation is one of three kinds of work:
 
-    x, y, xy  the nearest source pixel, found along these axes; black outside
-    blend     degenerate + factor * (image - degenerate)
-    lut       a lookup table of 256 grey levels per channel, made from the image's histogram
+    pixel     the new level of a pixel follows from its own channels: computed for the whole batch
+    image     it follows from the whole image, by its histogram, mean or neighbours: computed for
+              the images that have such an operation, a few at a time (`pixels.on_chosen`)
+    x, y, xy  the nearest source pixel, found along these axes, black outside: all images at once
 
 How pixels are counted, looked up and moved depends on the hardware; see `pixels.py`.
 
@@ -18,13 +18,14 @@ arXiv 1909.13719; operations, magnitudes and sampling are those of torchvision, 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdgqa_jax import sharding
 from kdgqa_jax.data import pixels
 from kdgqa_jax.errors import UserError
 
@@ -63,14 +64,21 @@ def _rotate(m: Array, height: int, width: int) -> Array:
     )
 
 
-# --- blend: the degenerate image of levels and `Form.boxes` of them, (B, C, H, W) int32 -----------
+# --- pixel: the new levels of (B, C, H, W) int32 ones, by magnitudes (B, 1, 1, 1) -----------------
 
 
-def _black(levels: Array, boxes: Array) -> Array:
-    return jnp.zeros_like(levels)
+def _blend(levels: Array, degenerate: Array, factor: Array) -> Array:
+    """`levels` and `degenerate` int32, `factor` (B, 1, 1, 1) float32 -> int32."""
+    # Clipping where it changes nothing keeps product and sum, each rounded as in PIL, from fusing.
+    change = jnp.clip(factor * (levels - degenerate).astype(jnp.float32), -512, 512)
+    return jnp.clip(degenerate.astype(jnp.float32) + change, 0, 255).astype(jnp.int32)
 
 
-def _grey(levels: Array, boxes: Array) -> Array:
+def _brightness(levels: Array, m: Array) -> Array:
+    return _blend(levels, jnp.zeros_like(levels), 1.0 + m)
+
+
+def _grey(levels: Array) -> Array:
     """ITU-R 601-2 luma in 16 bit fixed point, (B, 1, H, W)."""
     if levels.shape[1] == 1:
         return levels
@@ -78,40 +86,53 @@ def _grey(levels: Array, boxes: Array) -> Array:
     return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
 
 
-def _mean_grey(levels: Array, boxes: Array) -> Array:
+def _color(levels: Array, m: Array) -> Array:
+    return _blend(levels, _grey(levels), 1.0 + m)
+
+
+def _posterize(levels: Array, m: Array) -> Array:
+    dropped = 8 - m.astype(jnp.int32)
+    return levels >> dropped << dropped
+
+
+def _solarize(levels: Array, m: Array) -> Array:
+    return jnp.where(m > levels.astype(m.dtype), levels, 255 - levels)
+
+
+# --- image: the new planes of (B, C, H, W) uint8 ones, by magnitudes (B,) -------------------------
+
+
+def _contrast(planes: Array, m: Array) -> Array:
+    levels = planes.astype(jnp.int32)
     count = levels.shape[2] * levels.shape[3]
-    grey = _grey(levels, boxes)
-    total = jnp.sum(grey, axis=(1, 2, 3), keepdims=True, dtype=jnp.uint32)
-    return ((2 * total + count) // (2 * count)).astype(jnp.int32)
+    total = jnp.sum(_grey(levels), axis=(1, 2, 3), keepdims=True, dtype=jnp.uint32)
+    mean = ((2 * total + count) // (2 * count)).astype(jnp.int32)
+    return _blend(levels, mean, 1.0 + m[:, None, None, None]).astype(jnp.uint8)
 
 
-def _smooth(levels: Array, boxes: Array) -> Array:
-    """The mean over 3x3 pixels, the middle one counted five times; the border stays as it is."""
+def _sharpness(planes: Array, m: Array) -> Array:
+    """By the mean over 3x3 pixels, the middle one counted five times; the border stays as it is."""
+    levels = planes.astype(jnp.int32)
     inner = np.zeros((1, 1, *levels.shape[2:]), bool)
     inner[:, :, 1:-1, 1:-1] = True
-    return jnp.where(inner, (2 * boxes + 13) * 10083 >> 18, levels)  # exactly // 26
+    smooth = (2 * pixels.form().boxes(planes) + 13) * 10083 >> 18  # exactly // 26
+    degenerate = jnp.where(inner, smooth, levels)
+    return _blend(levels, degenerate, 1.0 + m[:, None, None, None]).astype(jnp.uint8)
 
 
-def _blend(levels: Array, degenerate: Array, factor: Array) -> Array:
-    """`levels` and `degenerate` int32, `factor` (B, 1, 1, 1) float32 -> uint8."""
-    # Clipping where it changes nothing keeps product and sum, each rounded as in PIL, from fusing.
-    change = jnp.clip(factor * (levels - degenerate).astype(jnp.float32), -512, 512)
-    return jnp.clip(degenerate.astype(jnp.float32) + change, 0, 255).astype(jnp.uint8)
+def _by_table(lut: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
+    """The operation of a table; `lut` is histogram -> new values of levels, (B, C, 256) int32."""
 
+    def look_up(planes: Array, m: Array) -> Array:
+        form = pixels.form()
+        table = lut(form.histogram(planes)).astype(jnp.uint8)
+        # Behind a barrier, lest the compiler make the table again for each pixel.
+        return form.look_up(planes, jax.lax.optimization_barrier(table)).astype(jnp.uint8)
 
-# --- lut: the new value of each grey level, (B, C, 256) int32 ------------------------------------
+    return look_up
+
 
 _LEVELS = np.arange(pixels.LEVELS, dtype=np.int32)[None, None]
-
-
-def _posterize(histogram: Array, m: Array) -> Array:
-    dropped = 8 - m.astype(jnp.int32)[:, None, None]
-    return jnp.broadcast_to(_LEVELS >> dropped << dropped, histogram.shape)
-
-
-def _solarize(histogram: Array, m: Array) -> Array:
-    solarized = jnp.where(m[:, None, None] > _LEVELS.astype(m.dtype), _LEVELS, 255 - _LEVELS)
-    return jnp.broadcast_to(solarized, histogram.shape)
 
 
 @functools.cache
@@ -141,13 +162,13 @@ def _rounding(level: Array, spread: Array, exponent: Array, bits: Array) -> Arra
     return jnp.where(2 * rest + odd > unit, unit, 0) - rest  # halves go to the even one
 
 
-def _autocontrast(histogram: Array, m: Array) -> Array:
+def _autocontrast(histogram: Array) -> Array:
     """PIL's `int(level * scale - low * scale)` in float64: 1 below some whole quotients."""
     present = histogram > 0
     low = jnp.argmax(present, axis=-1, keepdims=True)
     high = 255 - jnp.argmax(present[..., ::-1], axis=-1, keepdims=True)
     spread = jnp.maximum(high - low, 1)
-    exponent, bits, excess = (_pick(table, high - low) for table in _scales())
+    exponent, bits, excess = (pixels.pick(table, high - low) for table in _scales())
     above = jnp.clip(_LEVELS - low, 0, spread)
     quotient, rest = above * 255 // spread, above * 255 % spread
     added = _rounding(low + above, spread, exponent, bits) - _rounding(low, spread, exponent, bits)
@@ -157,7 +178,7 @@ def _autocontrast(histogram: Array, m: Array) -> Array:
     return jnp.where(high > low, stretched, _LEVELS)
 
 
-def _equalize(histogram: Array, m: Array) -> Array:
+def _equalize(histogram: Array) -> Array:
     below = jnp.cumsum(histogram, axis=-1) - histogram
     step = jnp.max(jnp.where(histogram > 0, below, 0), axis=-1, keepdims=True) // 255
     equalized = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
@@ -197,9 +218,8 @@ def _bits(num_bins: int, height: int, width: int) -> np.ndarray:
 class Op(NamedTuple):
     """An operation: what kind of work it is, its own part of it, and its magnitudes.
 
-    `function` of the families "x", "y" and "xy" is (magnitude (B,), H, W) -> displacement; of
-    "blend" (levels, boxes) -> degenerate levels; of "lut" (histogram, magnitude (B,)) -> lut; see
-    the sections above.
+    `function` of the families "x", "y" and "xy" is (magnitude (B,), H, W) -> displacement; for the
+    others see the sections above.
     `magnitudes` is (num_bins, H, W) -> (num_bins,) float32, and `signed` says whether a random one
     of them is negated.
     """
@@ -217,19 +237,16 @@ OPS: dict[str, Op] = {
     "TranslateX": Op("x", _translate_x, _shift_x, True),
     "TranslateY": Op("y", _translate_y, _shift_y, True),
     "Rotate": Op("xy", _rotate, _between(0.0, 30.0), True),
-    "Brightness": Op("blend", _black, _between(0.0, 0.9), True),
-    "Color": Op("blend", _grey, _between(0.0, 0.9), True),
-    "Contrast": Op("blend", _mean_grey, _between(0.0, 0.9), True),
-    "Sharpness": Op("blend", _smooth, _between(0.0, 0.9), True),
-    "Posterize": Op("lut", _posterize, _bits, False),
-    "Solarize": Op("lut", _solarize, _between(255.0, 0.0), False),
-    "AutoContrast": Op("lut", _autocontrast, _between(0.0, 0.0), False),
-    "Equalize": Op("lut", _equalize, _between(0.0, 0.0), False),
+    "Brightness": Op("pixel", _brightness, _between(0.0, 0.9), True),
+    "Color": Op("pixel", _color, _between(0.0, 0.9), True),
+    "Contrast": Op("image", _contrast, _between(0.0, 0.9), True),
+    "Sharpness": Op("image", _sharpness, _between(0.0, 0.9), True),
+    "Posterize": Op("pixel", _posterize, _bits, False),
+    "Solarize": Op("pixel", _solarize, _between(255.0, 0.0), False),
+    "AutoContrast": Op("image", _by_table(_autocontrast), _between(0.0, 0.0), False),
+    "Equalize": Op("image", _by_table(_equalize), _between(0.0, 0.0), False),
 }
 """The operations by name, in torchvision's order; `op_index` counts in it."""
-
-_MOVES = ("x", "y", "xy")
-"""The families of operations that move pixels, by the axes along which they do."""
 
 
 def _choose(family: str, op_index: Array, default: Array, *arguments: object) -> Array:
@@ -241,57 +258,63 @@ def _choose(family: str, op_index: Array, default: Array, *arguments: object) ->
     return default
 
 
-def _tables(op_index: Array, histogram: Array, magnitude: Array) -> Array:
-    """The lut of each image, (B, C, 256) uint8.
+class _Move(NamedTuple):
+    """Some of the operations that move pixels, done together.
 
-    In a loop: the compiler for CPUs would make the tables for each pixel again if it could.
+    Attributes:
+      families: of the operations.
+      group: how many images are moved at once.
+      move: made by `pixels.Form.mover`.
+      kind: (op_index, magnitude) of the images of a batch -> their kinds, for `move`.
     """
-    ops = {index: op.function for index, op in enumerate(OPS.values()) if op.family == "lut"}
 
-    def add(i: Array, lut: Array) -> Array:
-        made = jax.lax.switch(i, list(ops.values()), histogram, magnitude)
-        return jnp.where((op_index == jnp.asarray(list(ops))[i])[:, None, None], made, lut)
-
-    same = jnp.broadcast_to(_LEVELS, histogram.shape)
-    return jax.lax.fori_loop(0, len(ops), add, same).astype(jnp.uint8)
+    families: tuple[str, ...]
+    group: int
+    move: Callable[[Array, Array], Array]
+    kind: Callable[[Array, Array], Array]
 
 
-def _apply(planes: Array, op_index: Array, magnitude: Array, moves: pixels.Moves) -> Array:
+def _apply(planes: Array, op_index: Array, magnitude: Array, moves: Sequence[_Move]) -> Array:
     """Apply to each image its own operation: (B, C, H, W) uint8 -> the same."""
-    form = pixels.form()
-    levels = planes.astype(jnp.int32)
-    degenerate = _choose("blend", op_index, levels, levels, form.boxes(planes))
-    blended = _blend(levels, degenerate, 1.0 + magnitude[:, None, None, None])
-    lut = _tables(op_index, form.histogram(planes), magnitude)
-    # Behind a barrier, lest the compiler blend again for each use of a pixel.
-    blended, lut = jax.lax.optimization_barrier((blended, lut))
-    return form.move(form.look_up(blended, lut), moves)
 
+    def change_pixels(planes: Array, op_index: Array, magnitude: Array) -> Array:
+        levels = planes.astype(jnp.int32)
+        levels = _choose("pixel", op_index, levels, levels, magnitude[:, None, None, None])
+        return levels.astype(jnp.uint8)
 
-def _pick(table: np.ndarray, index: Array) -> Array:
-    """`table[index]` without a gather; 0 where there is no such entry."""
-    entry = np.arange(len(table), dtype=np.int32)
-    entry, table = (np.expand_dims(x, tuple(range(index.ndim))) for x in (entry, table))
-    return jnp.sum(jnp.where(index[..., None] == entry, table, 0), axis=-1)
+    def is_in(*families: str) -> Array:
+        members = np.asarray([op.family in families for op in OPS.values()], np.int32)
+        return pixels.pick(members, op_index) > 0
 
-
-def _moves(
-    op_index: Array, sign: Array, strength: np.ndarray, shape: tuple[int, int]
-) -> pixels.Moves:
-    """Those of images (H, W) whose operation has the magnitude `strength[op_index]`, in `sign`.
-
-    The kinds of moves are none, and every operation that moves, in either sign.
-    """
-    displacement, axes, first = [jnp.zeros((1, 2, 3))], [""], np.zeros(len(OPS), np.int32)
+    # Groups are as large as a batch of 64 images needs them, as a rule: see docs/speed.md.
+    planes = pixels.on_chosen(change_pixels, is_in("pixel"), planes, op_index, magnitude, group=8)
     for index, op in enumerate(OPS.values()):
-        if op.family in _MOVES:
+        if op.family == "image":
+            chosen = op_index == index
+            planes = pixels.on_chosen(op.function, chosen, planes, magnitude, group=8)
+    for families, group, move, kind in moves:
+        kinds = kind(op_index, magnitude)
+        planes = pixels.on_chosen(move, is_in(*families), planes, kinds, group=group)
+    return planes
+
+
+def _move(
+    families: tuple[str, ...], group: int, strength: np.ndarray, shape: tuple[int, int]
+) -> _Move:
+    """The operations of `families`, of magnitudes `strength` in either sign, on images (H, W)."""
+    displacement, axes, first = [], [], np.zeros(len(OPS), np.int32)
+    for index, op in enumerate(OPS.values()):
+        if op.family in families:
             first[index] = len(axes)
             both = jnp.asarray([strength[index], -strength[index]])
             displacement.append(op.function(both, *shape))
             axes += [op.family] * 2
-    kind = _pick(first, op_index)
-    kind += ((kind > 0) & (sign < 0)).astype(kind.dtype)
-    return pixels.Moves(kind, jnp.concatenate(displacement), tuple(axes))
+    move = pixels.form().mover(pixels.Moves(jnp.concatenate(displacement), tuple(axes)), shape)
+
+    def kind(op_index: Array, magnitude: Array) -> Array:
+        return pixels.pick(first, op_index) + (magnitude < 0).astype(jnp.int32)
+
+    return _Move(families, group, move, kind)
 
 
 def _check_images(images: Array) -> None:
@@ -320,10 +343,11 @@ def apply_op(images: Array, op_index: Array, signed_magnitude: Array) -> Array:
     _check_images(images)
     batch, height, width, _ = images.shape
     magnitude = signed_magnitude.astype(jnp.float32)
-    displacement = jnp.zeros((batch, 2, 3), jnp.float32)
-    for family in _MOVES:
+    displacement, families = jnp.zeros((batch, 2, 3), jnp.float32), ("x", "y", "xy")
+    for family in families:
         displacement = _choose(family, op_index, displacement, magnitude, height, width)
-    moves = pixels.Moves(jnp.arange(batch), displacement, ("xy",) * batch)
+    move = pixels.form().mover(pixels.Moves(displacement, ("xy",) * batch), (height, width))
+    moves = [_Move(families, 24, move, lambda op_index, m: jnp.arange(batch))]
     planes = _apply(jnp.moveaxis(images, 3, 1), op_index, magnitude, moves)
     return jnp.moveaxis(planes, 1, 3)
 
@@ -390,19 +414,26 @@ def rand_augment(
     """
     _check_images(images)
     _check_options(images, keys, num_ops, magnitude, num_magnitude_bins)
+    augment = functools.partial(
+        _rand_augment, num_ops=num_ops, magnitude=magnitude, bins=num_magnitude_bins
+    )
+    return sharding.on_each_device(augment, len(images))(images, keys)
+
+
+def _rand_augment(images: Array, keys: Array, num_ops: int, magnitude: int, bins: int) -> Array:
     op_index, sign = sample_ops(keys, num_ops)
     _, height, width, _ = images.shape
-    tables = [op.magnitudes(num_magnitude_bins, height, width) for op in OPS.values()]
+    tables = [op.magnitudes(bins, height, width) for op in OPS.values()]
     strength = np.asarray([table[magnitude] for table in tables])
     signed = np.asarray([op.signed for op in OPS.values()], np.int32)
-    sign = jnp.where(_pick(signed, op_index) > 0, sign, 1.0)
-    moves = _moves(op_index, sign, strength, (height, width))
+    sign = jnp.where(pixels.pick(signed, op_index) > 0, sign, 1.0)
+    shape = images.shape[1:3]
+    moves = [_move(("x", "y"), 24, strength, shape), _move(("xy",), 8, strength, shape)]
 
-    def step(planes: Array, drawn: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        op_index, magnitude, kind = drawn
-        return _apply(planes, op_index, magnitude, moves._replace(kind=kind)), None
+    def step(planes: Array, drawn: tuple[Array, Array]) -> tuple[Array, None]:
+        return _apply(planes, *drawn, moves), None
 
     # Unrolled, since a loop fixes the layout of images between operations.
-    drawn = (op_index.T, (_pick(strength, op_index) * sign).T, moves.kind.T)
+    drawn = (op_index.T, (pixels.pick(strength, op_index) * sign).T)
     planes = jax.lax.scan(step, jnp.moveaxis(images, 3, 1), drawn, unroll=2)[0]
     return jnp.moveaxis(planes, 1, 3)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kdgqa_jax import extras, paths
-from kdgqa_jax.data import idx, tfds_source, trees
+from kdgqa_jax.data import idx, packages, tfds_source, trees
 from kdgqa_jax.data.dataset import ArraySplit, Dataset
 from kdgqa_jax.data.shifts import SHIFTS, ShiftedSplit
 from kdgqa_jax.errors import UserError, unknown
@@ -33,6 +33,7 @@ class Source:
       tfds: whether tensorflow-datasets can prepare it.
       manual_files: what tensorflow-datasets cannot download for it.
       needs_dir: whether it needs a data directory.
+      images: how many there are to train and to test on; None where the files tell.
     """
 
     read: Callable[["Source", str, str, str], Dataset]
@@ -45,6 +46,7 @@ class Source:
     tfds: bool = False
     manual_files: tuple[str, ...] = ()
     needs_dir: bool = True
+    images: tuple[int, int] | None = None
 
     def how_to(self, name: str, data_dir: str) -> str:
         """How to obtain the files, in one sentence."""
@@ -96,6 +98,14 @@ def _cinic10(source: Source, name: str, argument: str, data_dir: str) -> Dataset
     return trees.read_cinic10(name, data_dir, source.how_to(name, data_dir))
 
 
+def _elpv(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
+    return packages.read_elpv(name, data_dir, source.how_to(name, data_dir))
+
+
+def _stamps(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
+    return packages.read_stamps(name, data_dir, source.how_to(name, data_dir))
+
+
 def _folder(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
     return trees.read_folder(name, argument)
 
@@ -115,13 +125,15 @@ _IMAGENET = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 SOURCES: dict[str, Source] = {
     "digits": Source(
         _digits, 10, _DIGITS, (8, 8, 1), "train", "test", "it comes with scikit-learn",
-        needs_dir=False,
+        needs_dir=False, images=(1_437, 360),
     ),
     "mnist": Source(
-        _idx_or_tfds, 10, _DIGITS, (28, 28, 1), "train", "test", _PUT_IDX, tfds=True
+        _idx_or_tfds, 10, _DIGITS, (28, 28, 1), "train", "test", _PUT_IDX, tfds=True,
+        images=(60_000, 10_000),
     ),
     "fashion_mnist": Source(
-        _idx_or_tfds, 10, _FASHION, (28, 28, 1), "train", "test", _PUT_IDX, tfds=True
+        _idx_or_tfds, 10, _FASHION, (28, 28, 1), "train", "test", _PUT_IDX, tfds=True,
+        images=(60_000, 10_000),
     ),
     "cifar10": Source(_tfds, 10, _CIFAR10, (32, 32, 3), "train", "test", _PREPARE, tfds=True),
     "cifar100": Source(_tfds, 100, _STORED, (32, 32, 3), "train", "test", _PREPARE, tfds=True),
@@ -143,6 +155,18 @@ SOURCES: dict[str, Source] = {
         _cinic10, 10, trees.CINIC10_CLASSES, (32, 32, 3), "train", "test",
         "download CINIC-10.tar.gz from https://datashare.ed.ac.uk/handle/10283/3192 and unpack it"
         " in {data_dir}/CINIC-10, which then holds train, valid and test",
+    ),
+    "elpv": Source(
+        _elpv, 4, packages.ELPV_CLASSES, (300, 300, 3), "three quarters", "a quarter",
+        "`pip install elpv-dataset` brings it (CC BY-NC-SA 4.0), or put its labels.csv and images"
+        " into {data_dir}",
+        needs_dir=False, images=(1_970, 654),
+    ),
+    "tuxpaint_stamps": Source(
+        _stamps, 16, "names of the class folders", None, "three quarters", "a quarter",
+        "`apt-get install tuxpaint-stamps-default` brings it (GPL-2), or unpack that package and"
+        " give its usr/share/tuxpaint/stamps as the data directory",
+        needs_dir=False, images=(596, 200),
     ),
     "folder:PATH": Source(
         _folder, None, "names of the class folders", None, "train", "val or test",

@@ -54,7 +54,8 @@ class FileSplit:
 # --- What lies in a folder ----------------------------------------------------------------------
 
 
-def _class_names(folder: pathlib.Path) -> tuple[str, ...]:
+def class_names_in(folder: pathlib.Path) -> tuple[str, ...]:
+    """The names of the folders in a folder, in order."""
     return tuple(images.names(folder, os.DirEntry.is_dir))
 
 
@@ -93,7 +94,7 @@ def _class_folders(
 
 def _check_classes(folder: pathlib.Path, expected: Sequence[str], of: str) -> None:
     """Raise UserError unless a folder has the class folders that are expected, and no others."""
-    there = set(_class_names(folder))
+    there = set(class_names_in(folder))
     missing, more = sorted(set(expected) - there), sorted(there - set(expected))
     if missing:
         raise UserError(f"{folder / missing[0]} not found; expected a folder per class of {of}")
@@ -172,12 +173,12 @@ def read_folder(name: str, path: str) -> Dataset:
     if not path:
         raise UserError("data set 'folder:' needs a path, as in folder:photos")
     root = paths.local(path, "folder").expanduser()
-    classes = _class_names(root)
+    classes = class_names_in(root)
     if "train" in classes:
         test = next((split for split in ("val", "test") if split in classes), None)
         if test is None:
             raise UserError(f"{root}: neither val nor test found beside train; add one of them")
-        classes = _class_names(root / "train")
+        classes = class_names_in(root / "train")
         _check_some(root / "train", classes)
         _check_classes(root / test, classes, str(root / "train"))
         train_files = _class_folders(root / "train", classes)
@@ -190,20 +191,34 @@ def read_folder(name: str, path: str) -> Dataset:
         )
     _check_some(root, classes)
     names, labels = _class_folders(root, classes)
-    is_test = np.zeros(len(names), bool)
-    rng = np.random.RandomState(0)  # its stream is the same in all releases of NumPy
     for label, class_name in enumerate(classes):
-        own = np.flatnonzero(labels == label)
-        if len(own) < 2:
+        if np.sum(labels == label) < 2:
             raise UserError(
                 f"{root / class_name} holds one image; expected at least two, to train and to test"
             )
-        is_test[rng.permutation(own)[: max(round(TEST_SHARE * len(own)), 1)]] = True
+    is_test = drawn_for_test(labels, TEST_SHARE)
     train, test = (
         FileSplit(str(root), [names[i] for i in np.flatnonzero(part)], labels[part])
         for part in (~is_test, is_test)
     )
     return Dataset(name, classes, train, test)
+
+
+def drawn_for_test(kinds: np.ndarray, share: float) -> np.ndarray:
+    """Which images are for the test, (n,) bool: a share of each kind, at least one.
+
+    They are drawn with the seed 0, so that the same images in the same order give the same split.
+
+    Args:
+      kinds: (n,) int, of each image: its class, or something finer.
+      share: of each kind.
+    """
+    is_test = np.zeros(len(kinds), bool)
+    rng = np.random.RandomState(0)  # its stream is the same in all releases of NumPy
+    for kind in np.unique(kinds):
+        own = np.flatnonzero(kinds == kind)
+        is_test[rng.permutation(own)[: max(round(share * len(own)), 1)]] = True
+    return is_test
 
 
 def _check_some(folder: pathlib.Path, classes: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """Grouped attention as a pure function of query, key, value and group index, and its kernels.
 
     B  batch             T  query tokens        S  key/value tokens (S == T in self-attention)
-    N  query heads       K  key/value heads     H  width of one head
+    N  query heads       K  key/value heads
+    H  width of one query or key head           V  width of one value head, which may be another
 
 `IMPLEMENTATIONS` is the table: each row is one function for the whole of attention. A new kernel is
 one file and one row; `PREFERRED` says where it is used without being asked for.
@@ -28,8 +29,8 @@ class Implementation:
     """One way to compute attention.
 
     Attributes:
-      attention: (query BTNH, key BSKH, value BSKH, group_index (N,) or (B, N) or None, mask or
-        None) -> BTNH in the dtype of value, differentiable in the first three.
+      attention: (query BTNH, key BSKH, value BSKV, group_index (N,) or (B, N) or None, mask or
+        None) -> BTNV in the dtype of value, differentiable in the first three.
       refusal: why it cannot serve these arguments on this platform, as the end of a sentence; None
         where it can.
     """
@@ -88,7 +89,7 @@ def grouped_attention(
     Args:
       query: BTNH.
       key: BSKH.
-      value: BSKH.
+      value: BSKV.
       group_index: (N,) or (B, N) int; None: the equal grouping, which takes a static path without
         any expansion (K must divide N).
       mask: bool, broadcastable to BNTS, False where a token must not be attended to. A row without
@@ -104,7 +105,7 @@ def grouped_attention(
       return_maps: also return the maps as they were used, BNTS in the dtype of `value`.
 
     Returns:
-      BTNH in the dtype of `value`, or (BTNH, BNTS) with `return_maps`.
+      BTNV in the dtype of `value`, or (BTNV, BNTS) with `return_maps`.
 
     Raises:
       ValueError: shapes that do not fit together, an unknown implementation or expansion, an
@@ -168,8 +169,8 @@ def _preferred(key: Array, arguments: tuple[Array | None, ...]) -> str:
 
 def _check_shapes(query: Array, key: Array, value: Array, group_index: Array | None) -> None:
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
-        raise ValueError(f"expected query BTNH and key, value BSKH of one shape, got {shapes}")
+    if not query.ndim == key.ndim == value.ndim == 4 or key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"expected query BTNH, key BSKH and value BSKV, got {shapes}")
     batch, _, num_heads, width = query.shape
     if (key.shape[0], key.shape[3]) != (batch, width):
         raise ValueError(f"query and key must agree in batch B and head width H, got {shapes}")

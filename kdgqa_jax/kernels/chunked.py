@@ -6,7 +6,8 @@ under it. The backward pass computes the scores of each chunk again (Dao et al. 
 
 Inside, queries are BKRH: R counts the query tokens of all the heads that share a key/value head, G
 T in the equal grouping. With a group index K stands for N, R for T, and the key/value heads of a
-chunk are expanded within the loop: what is kept for the backward pass holds K heads.
+chunk are expanded within the loop: what is kept for the backward pass holds K heads. Equations
+write H for the width of any head, values' too.
 """
 
 import functools
@@ -39,8 +40,8 @@ def attention(
     if mask is not None:
         mask = _mask_rows(mask, num_heads, length, kv_heads)
     out = _attend(rows, key, value, group_index, mask)
-    out = out.reshape(batch, kv_heads, size, length, width)
-    return jnp.einsum("BKGTH->BTKGH", out).reshape(batch, length, num_heads, width)
+    out = out.reshape(batch, kv_heads, size, length, value.shape[-1])
+    return jnp.einsum("BKGTH->BTKGH", out).reshape(batch, length, num_heads, -1)
 
 
 def _mask_rows(mask: Array, num_heads: int, length: int, kv_heads: int) -> Array:
@@ -111,7 +112,7 @@ def _scores(query: Array, keys: Array, mask: Array | None, chunk: dict[str, Arra
 def _attend(
     query: Array, key: Array, value: Array, group_index: Array | None, mask: Array | None
 ) -> Array:
-    """Query BKRH, key and value BSKH -> BKRH in the dtype of value."""
+    """Query BKRH, key BSKH and value BSKV -> BKRV in the dtype of value."""
     return _attend_forward(query, key, value, group_index, mask)[0]
 
 
@@ -132,7 +133,8 @@ def _attend_forward(query, key, value, group_index, mask):
         )
         return (new_top, total, out * shrunk + mixed), None
 
-    start = _of_rows(query, -jnp.inf), _of_rows(query, 0.0), jnp.zeros(query.shape, jnp.float32)
+    zeros = jnp.zeros((*query.shape[:3], value.shape[-1]), jnp.float32)
+    start = _of_rows(query, -jnp.inf), _of_rows(query, 0.0), zeros
     (top, total, out), _ = jax.lax.scan(add, start, _loop_over(key, value, mask))
     inverse = 1.0 / total
     out = (out * inverse).astype(value.dtype)

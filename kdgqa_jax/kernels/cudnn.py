@@ -34,6 +34,8 @@ def refusal(
     for x in (query, key, value):
         if x.dtype.name not in ("bfloat16", "float16"):
             return f"it takes bfloat16 and float16, and not {x.dtype.name}"
+    if value.shape[3] != width:
+        return f"it takes values as wide as keys, and not {value.shape[3]} and {width}"
     if width % 8 or width > 128:
         return f"its head width must be a multiple of 8 up to 128, and not {width}"
     return None

@@ -23,10 +23,10 @@ def on_each_device(
     query head may ask for any key/value head, so a device has all of them, but in equal groups.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not (set(sharding.AXES) <= set(mesh.axis_names) and mesh.are_all_axes_auto):
+    if not sharding.is_automatic(mesh):
         return attention(query, key, value, group_index)
     batch: Any = ("data", "fsdp")
-    if query.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if query.shape[0] % sharding.batch_devices(mesh):
         batch = None
     heads = "model" if query.shape[2] % mesh.shape["model"] == 0 else None
     kv_heads, index = None, jax.P()

@@ -38,6 +38,8 @@ def refusal(
         )
     if mask is not None:
         return "it takes no mask"
+    if value.shape[3] != key.shape[3]:
+        return f"it takes values as wide as keys, and not {value.shape[3]} and {key.shape[3]}"
     if query.shape[3] % 8:
         return f"its head width must be a multiple of 8, and not {query.shape[3]}"
     if not {query.dtype.name, value.dtype.name} <= {"float32", "bfloat16"}:

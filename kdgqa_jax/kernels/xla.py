@@ -1,7 +1,8 @@
 """Grouped attention in plain XLA: the reference, which serves everything and makes maps.
 
 G is the number of query heads per key/value head in the equal grouping (N/K); the other letters are
-those of the package. Inside, queries are BTKGH. With a group index key/value heads are expanded to
+those of the package, where equations write H for the width of any head, values' too. Inside,
+queries are BTKGH. With a group index key/value heads are expanded to
 query heads: K stands for N then, and G for 1. Residuals of the backward pass hold K key/value
 heads; the expansion is made again where the backward pass needs it.
 """
@@ -251,8 +252,8 @@ def attention(
     else:
         out = _attend(query, key, value, group_index, mask, form)
     if form.merges:
-        out = out.reshape(batch, *split, length, width)
-    out = jnp.einsum(f"{form.query}->BTKGH", out).reshape(batch, length, num_heads, width)
+        out = out.reshape(batch, *split, length, value.shape[-1])
+    out = jnp.einsum(f"{form.query}->BTKGH", out).reshape(batch, length, num_heads, -1)
     return (out, maps) if return_maps else out
 
 

@@ -70,8 +70,8 @@ def of_metadata(metadata: dict[str, Any], path: Any) -> Stated:
                 f" {'JSON object' if kind is dict else 'list'}; export the model again"
             )
     model, known = metadata.get("model", {}), vit.known_options()
-    roles = (options.ARCHITECTURE,)
-    names = ("num_heads", "image_size", *options.names(known, *roles))
+    sizes = ("num_heads", "image_size", "head_width", "v_head_width")
+    names = (*sizes, *options.names(known, options.ARCHITECTURE))
     stated = {name: (name, model[name]) for name in names if model.get(name) is not None}
     return checked(place, stated, complete=True)
 

@@ -1,4 +1,4 @@
-"""Merging of key/value heads in all layers of a ViT."""
+"""Merging, and making narrower, of key/value heads in all layers of a ViT."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from kdgqa_jax.convert.merging import Merged, merge_heads
-from kdgqa_jax.convert.moments import InputMoments, data_free_by_layer
+from kdgqa_jax.heads.merging import Merged, merge_heads
+from kdgqa_jax.heads.moments import InputMoments, data_free_by_layer
 from kdgqa_jax.layers import stack_layers, unstack_layers
 
 
@@ -44,8 +44,11 @@ def to_merged(
     num_kv_heads: int,
     moments: Mapping[str, InputMoments] | None = None,
     rule: str = "svd",
+    *,
+    head_width: int | None = None,
+    v_head_width: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Merged]]:
-    """Parameters of a ViT with K key/value heads from those of one with more.
+    """Parameters of a ViT with K key/value heads from those of one with more, or wider ones.
 
     Args:
       params: of `vit.VisionTransformer`, layers stacked or not.
@@ -53,22 +56,27 @@ def to_merged(
       moments: of the input of every layer by name ("blocks_0", ...), as
         `calibration.gather_moments` gives them; None: `data_free_by_layer`.
       rule: a name in `MERGING`.
+      head_width: H of queries and keys; None: as it is.
+      v_head_width: V of values; None: as it is.
 
     Returns:
-      `params` with key and value kernels (..., D, K, H) and biases (..., K, H), queries and output
-      adapted, dtypes kept; and what merging made of each layer, by name, in those dtypes.
+      `params` with key kernels (..., D, K, H) and biases (..., K, H), those of values with V,
+      queries and output adapted, dtypes kept; and what merging made of each layer, by name, in
+      those dtypes.
 
     Raises:
       UserError: as `merge_heads`.
     """
+    widths = {"head_width": head_width, "v_head_width": v_head_width}
     if "blocks" in params:
-        converted, merged = to_merged(unstack_layers(params), num_kv_heads, moments, rule)
+        params = unstack_layers(params)
+        converted, merged = to_merged(params, num_kv_heads, moments, rule, **widths)
         return stack_layers(converted), merged
     converted, merged = dict(params), {}
     moments = data_free_by_layer(params) if moments is None else moments
     for name in (name for name in params if name.startswith("blocks_")):
         old, scale = params[name]["attn"], params[name].get("ls1")
-        merged[name] = merge_heads(old, num_kv_heads, moments[name], rule, scale)
+        merged[name] = merge_heads(old, num_kv_heads, moments[name], rule, scale, **widths)
         attention = {
             projection: {leaf: x.astype(old[projection][leaf].dtype) for leaf, x in leaves.items()}
             for projection, leaves in merged[name].attention.items()

@@ -3,8 +3,10 @@
 Layer after layer, from the first to the last: with the inputs that the converted model itself has
 there, W_o and b_o are solved for so that the residual stream after attention is that of the
 original model; `FOLLOWED` says what that means in each order of a block's parts. LayerScale is part
-of the projection that is solved for. Activations of both models are kept, so that all layers
-together cost about one forward pass of the original and two of the converted model.
+of the projection that is solved for (ridge.py), and how near the solution stays to the present
+weights is decided for every layer by images that it did not see. Activations of both models are
+kept, so that all layers together cost about one forward pass of the original and two of the
+converted model.
 
     B  batch    T  tokens    D  model width    N  query heads    H  width of one head
 """
@@ -20,8 +22,8 @@ import numpy as np
 
 from kdgqa_jax import layers, sharding, vit
 from kdgqa_jax.block import Block
-from kdgqa_jax.convert.calibration import padded_batches
-from kdgqa_jax.errors import UserError
+from kdgqa_jax.heads.calibration import padded_batches
+from kdgqa_jax.heads.ridge import EVERY, Refit, Sums, solve
 
 Array = jax.Array
 Variables = dict[str, Any]
@@ -68,54 +70,6 @@ FOLLOWED: dict[str, Followed] = {
 """By the order of a block's parts, as `block.ORDERS`."""
 
 
-# --- the solution -------------------------------------------------------------------------------
-
-
-def refit_output(
-    kernel: np.ndarray,
-    bias: np.ndarray | None,
-    inputs: np.ndarray,
-    cross: np.ndarray,
-    input_mean: np.ndarray,
-    target_mean: np.ndarray,
-    strength: float = 1e-3,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Ridge regression of a target on the outputs of the heads, towards the present weights.
-
-    Minimises `E|y - W^T a - b|^2 + r |W - W_o|^2` over W and b, where a is all heads' output before
-    the output projection and y the residual update that is wanted.
-
-    Args:
-      kernel: W_o (N, H, D).
-      bias: (D,); its numbers take no part: b is free. None: there is none, and moments should be
-        about zero (means of zero).
-      inputs: E[a a^T], (N*H, N*H).
-      cross: E[a y^T], (N*H, D).
-      input_mean: E[a], (N*H,).
-      target_mean: E[y], (D,).
-      strength: r as a share of the mean variance of a. Larger ones stay nearer to W_o.
-
-    Returns:
-      (kernel (N, H, D), bias (D,) or None) in float64.
-
-    Raises:
-      UserError: a strength that is not positive.
-    """
-    if not strength > 0.0:
-        raise UserError(f"strength={strength} of the ridge regression must be positive")
-    inputs, cross, input_mean, target_mean, old = (
-        np.asarray(x, np.float64) for x in (inputs, cross, input_mean, target_mean, kernel)
-    )
-    size = len(input_mean)
-    covariance = inputs - np.outer(input_mean, input_mean)
-    wanted = cross - np.outer(input_mean, target_mean)
-    ridge = strength * (np.trace(covariance) / size or 1.0)
-    old = old.reshape(size, -1)
-    new = np.linalg.solve(covariance + ridge * np.eye(size), wanted + ridge * old)
-    offset = None if bias is None else target_mean - input_mean @ new
-    return new.reshape(kernel.shape), offset
-
-
 def _with_scale(projection: dict[str, Any], scale: Any) -> dict[str, np.ndarray]:
     """Kernel, and bias if there is one, with LayerScale (D,) folded in: float64."""
     return {leaf: np.asarray(x, np.float64) * scale for leaf, x in projection.items()}
@@ -143,8 +97,8 @@ def refit_outputs(
     *,
     batch_size: int = 32,
     mesh: jax.sharding.Mesh | None = None,
-    strength: float = 1e-3,
-) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
+    strength: float | None = None,
+) -> tuple[dict[str, Any], dict[str, Refit]]:
     """Output projections with which a converted model follows the original one.
 
     Args:
@@ -155,13 +109,14 @@ def refit_outputs(
       images: (n, height, width, channels) float32, normalised.
       batch_size: images at a time, as for `calibration.gather_moments`.
       mesh: of the devices; None: all of them.
-      strength: of the ridge, see `refit_output`.
+      strength: of the ridge, see `ridge.refit_output`; None: for every layer the one in
+        `ridge.STRENGTHS` that misses least on images held out, every fifth, while the others solve;
+        `ridge.UNTRIED` where there are fewer than five.
 
     Returns:
-      The converted model's params, layers as they were, with new `out` kernels (N,H,D) and biases
-      (D,), where there are any, of the old dtypes; and by layer name ("blocks_0", ...) the share of
-      the variance of what attention should add to the stream (see `FOLLOWED`; without a bias, of
-      its mean square) that is missed, (before, after refitting).
+      The converted model's params, layers as they were, with new `out` kernels (N,V,D) and biases
+      (D,), where there are any, of the old dtypes; and what came of it by layer name ("blocks_0",
+      ...).
 
     Raises:
       UserError: no images, images of another size than the models', or numbers too large for the
@@ -177,35 +132,41 @@ def refit_outputs(
     streams, new_params = [], dict(new["params"])
     embed = jax.jit(lambda v, x: before.apply(v, x, method=_first_stream), out_shardings=None)
     embedding = jax.device_put(before_variables, whole)
+    tries = strength is None and len(images) >= EVERY
+    position = 0
     for batch in padded_batches(images, batch_size, mesh):
         x = embed(embedding, batch["image"])
-        streams.append((x, x, batch["mask"]))
+        positions = position + np.arange(len(batch["mask"]))
+        position = int(positions[-1]) + 1
+        held = np.asarray(batch["mask"]) & tries & (positions % EVERY == EVERY - 1)
+        parts = sharding.put_batch({"seen": np.asarray(batch["mask"]) & ~held, "held": held}, mesh)
+        streams.append((x, x, {**parts, "mask": batch["mask"]}))
 
-    missed = {}
+    refits = {}
     for i in range(after.depth):
         name = f"blocks_{i}"
         old_layer, new_layer = (jax.device_put(_layer(v, name), whole) for v in (old, new))
-        sums, passed = _Sums("bias" in new["params"][name]["attn"]["out"]), []
-        for x, y, mask in streams:
-            out, found = observe(old_layer, new_layer, x, y, mask)
-            sums.add(**jax.device_get(found))
-            passed.append(out)
         projection = new["params"][name]["attn"]["out"]
+        sums = {part: Sums("bias" in projection) for part in ("seen", "held")}
+        passed = []
+        for x, y, masks in streams:
+            out, found = observe(old_layer, new_layer, x, y, masks)
+            for part, added in jax.device_get(found).items():
+                sums[part].add(**added)
+            passed.append(out)
         scale = np.asarray(new["params"][name].get("ls1", 1.0), np.float64)
-        folded = _with_scale(projection, scale)
-        solved = sums.solve(folded, strength)
-        missed[name] = (sums.missed(folded), sums.missed(solved))
+        solved, refits[name] = solve(_with_scale(projection, scale), **sums, strength=strength)
         solved = {f"{name}/attn/out": _without_scale(solved, scale, projection)}
         (refitted,) = layers.cast(solved, projection["kernel"].dtype).values()
         attention = {**new["params"][name]["attn"], "out": refitted}
         new_params[name] = {**new["params"][name], "attn": attention}
         new_layer = jax.device_put({**_layer(new, name), "params": new_params[name]}, whole)
         streams = [
-            (out, go_on(new_layer, y, mask), mask)
-            for out, (_, y, mask) in zip(passed, streams, strict=True)
+            (out, go_on(new_layer, y, masks["mask"]), masks)
+            for out, (_, y, masks) in zip(passed, streams, strict=True)
         ]
     stacked = "blocks" in variables["params"]
-    return layers.stack_layers(new_params) if stacked else new_params, missed
+    return layers.stack_layers(new_params) if stacked else new_params, refits
 
 
 def _first_stream(model: vit.VisionTransformer, images: Array) -> Array:
@@ -224,8 +185,9 @@ def _make_steps(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(observe, go_on), jitted; all layers share them.
 
-    observe: (old layer, new layer, their inputs BTD, mask (B,)) -> (output of the old layer BTD,
-    sums of a batch). go_on: (layer, input, mask) -> output of the new layer.
+    observe: (old layer, new layer, their inputs BTD, masks (B,) "mask" and of its parts "seen" and
+    "held") -> (output of the old layer BTD, sums of both parts of a batch). go_on: (layer, input,
+    mask) -> output of the new layer.
     """
     split = sharding.batch_sharded(mesh)
     wanted = FOLLOWED[before.block.block].wanted
@@ -250,18 +212,21 @@ def _make_steps(
         return heads, _Seen(x, attention * variables["params"].get("ls1", 1.0), out)
 
     @sharding.jit_for(mesh, out_shardings=(split, sharding.replicated(mesh)))
-    def observe(old: Variables, new: Variables, x: Array, y: Array, mask: Array):
-        _, theirs = run(before, old, x, mask)
-        inputs, ours = run(after, new, y, mask)
+    def observe(old: Variables, new: Variables, x: Array, y: Array, masks: dict[str, Array]):
+        _, theirs = run(before, old, x, masks["mask"])
+        inputs, ours = run(after, new, y, masks["mask"])
         target = wanted(theirs, ours).astype(jnp.float32)
+        return theirs.out, {name: sums(inputs, target, masks[name]) for name in ("seen", "held")}
+
+    def sums(inputs: Array, target: Array, mask: Array) -> dict[str, Array]:
         parts = [jnp.where(mask[:, None, None], a, 0.0) for a in (inputs, target)]
-        tokens = jnp.sum(mask) * x.shape[1]
+        tokens = jnp.sum(mask) * inputs.shape[1]
         means = [jnp.sum(a, axis=(0, 1)) / jnp.maximum(tokens, 1) for a in parts]
         a, b = (
             jnp.where(mask[:, None, None], part - mean, 0.0)
             for part, mean in zip(parts, means, strict=True)
         )
-        return theirs.out, {
+        return {
             "tokens": tokens,
             "input_mean": means[0],
             "target_mean": means[1],
@@ -275,46 +240,3 @@ def _make_steps(
         return run(after, variables, x, mask)[1].out
 
     return observe, go_on
-
-
-class _Sums:
-    """Batches' sums added up in float64: a the heads' outputs, y what attention should give.
-
-    Moments are about the means where a bias can hold them, else about zero.
-    """
-
-    def __init__(self, has_bias: bool):
-        self._tokens, self._sums, self._has_bias = 0.0, None, has_bias
-
-    def add(self, tokens: Any, input_mean: Any, target_mean: Any, **centred: Any) -> None:
-        n = float(tokens)
-        a, y = np.asarray(input_mean, np.float64), np.asarray(target_mean, np.float64)
-        products = {"inputs": np.outer(a, a), "cross": np.outer(a, y), "target": y * y}
-        sums = {name: centred[name] + n * product for name, product in products.items()}
-        about = n if self._has_bias else 0.0
-        sums |= {"input_mean": about * a, "target_mean": about * y}
-        before = self._sums or dict.fromkeys(sums, 0.0)
-        self._sums = {name: before[name] + x for name, x in sums.items()}
-        self._tokens += n
-
-    def _mean(self, name: str) -> np.ndarray:
-        return self._sums[name] / self._tokens
-
-    def solve(self, projection: dict[str, np.ndarray], strength: float) -> dict[str, np.ndarray]:
-        names = ("inputs", "cross", "input_mean", "target_mean")
-        moments = (self._mean(name) for name in names)
-        kernel, bias = refit_output(
-            projection["kernel"], projection.get("bias"), *moments, strength
-        )
-        return {"kernel": kernel} | ({} if bias is None else {"bias": bias})
-
-    def missed(self, projection: dict[str, np.ndarray]) -> float:
-        """E|y - W^T a - b|^2 as a share of the variance of y."""
-        a, y = self._mean("input_mean"), self._mean("target_mean")
-        kernel = projection["kernel"].reshape(len(a), -1)
-        covariance = self._mean("inputs") - np.outer(a, a)
-        cross = self._mean("cross") - np.outer(a, y)
-        variance = float(np.sum(self._mean("target") - y * y))
-        offset = y - a @ kernel - projection.get("bias", 0.0)
-        error = np.sum(kernel * (covariance @ kernel - 2.0 * cross)) + np.sum(offset**2)
-        return float(max(variance + error, 0.0) / variance) if variance > 0.0 else 0.0

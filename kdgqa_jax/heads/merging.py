@@ -1,41 +1,46 @@
-"""Merging key/value heads so that every query head still computes almost what it computed.
+"""Fewer and narrower key/value heads of which every query head still makes almost what it made.
 
-The heads of a group are mapped into one shared head, and the query and output projections are
-adapted to it: same architecture and shapes as pooling gives. All maps are linear and fold into the
-weights. numpy and float64 throughout; nothing here depends on a model, so the same functions serve
-any self-attention with biases or without (ViT, BERT).
+The heads of a group are mapped into one shared head, which may be narrower than they are, and the
+query and output projections are adapted to it. All maps are linear and fold into the weights. numpy
+and float64 throughout; nothing here depends on a model, so the same functions serve any
+self-attention with biases or without (ViT, BERT).
 
-    D  model width    N  query heads    H  width of one head
+    D  model width    N  query heads    H  width of one head, of values too    E  width wanted
     J  key/value heads that there are   K  key/value heads wanted
     G  heads of a group (J/K), each of which serves N/J query heads
 
-A rule of `MERGING` gives, for each head of a group, an encoder E[g] and a decoder R[g] (H, H each):
+A rule of `MERGING` gives, for each head of a group, an encoder E[g] and a decoder R[g] (H, E each):
 
     shared head = sum_g E[g]^T k[g]        k[g] is read back as R[g] (shared head)
 
 Queries become R^T q and output rows R^T W_o. `svd` (after arXiv 2406.07056) takes the E and R with
 the least expected squared error of the logits, queries and keys taken as independent, and of each
-head's contribution to the output; the error is what the discarded eigenvalues sum up to.
+head's contribution to the output; the error is what the discarded eigenvalues sum up to. With
+groups of one (K = J) it truncates the singular value decompositions of the products of each head's
+query and key weights, and of its value and output weights: narrower heads (after arXiv 2411.17426
+and 2505.12942). Attention divides logits by the root of the new width; queries and keys make up for
+it.
 
 A norm between the two sides of a product lets no map through: see `NOT_LINEAR`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from kdgqa_jax.convert.merging_rules import MERGING
-from kdgqa_jax.convert.moments import InputMoments
-from kdgqa_jax.convert.pooling import check_groups
 from kdgqa_jax.errors import UserError, unknown
+from kdgqa_jax.heads.merging_problem import head_means, moments_seen, problems_of
+from kdgqa_jax.heads.merging_rules import MERGING, NARROWING
+from kdgqa_jax.heads.moments import InputMoments
+from kdgqa_jax.heads.pooling import check_groups
 
 Attention = Mapping[str, Mapping[str, Any]]
-"""One layer: "query" (D,N,H), "key" and "value" (D,J,H), "out" (N,H,D), each {"kernel", "bias"}.
+"""One layer: "query" (D,N,H), "key" (D,J,H), "value" (D,J,V), "out" (N,V,D): {"kernel", "bias"}.
 
-Biases (N,H), (J,H), (J,H), (D,); any may be missing. "q_norm", "k_norm" and "norm" are there where
-the layer has those norms; they stay as they are.
+V may be another width than H. Biases (N,H), (J,H), (J,V), (D,); any may be missing. "q_norm",
+"k_norm" and "norm" are there where the layer has those norms; they stay as they are.
 """
 
 NOT_LINEAR = {"key": ("q_norm", "qk_norm"), "value": ("norm", "scale_attn_norm")}
@@ -88,8 +93,11 @@ def merge_heads(
     moments: InputMoments,
     rule: str = "svd",
     layer_scale: np.ndarray | None = None,
+    *,
+    head_width: int | None = None,
+    v_head_width: int | None = None,
 ) -> Merged:
-    """Merge the key/value heads of one attention layer.
+    """Merge, and make narrower, the key/value heads of one attention layer.
 
     The weight (out, in) of a linear layer of PyTorch is `weight.T.reshape(D, N, H)` here, that of
     the output projection `weight.T.reshape(N, H, D)`.
@@ -97,18 +105,21 @@ def merge_heads(
     Args:
       attention: arrays of the layer, see `Attention`; J key/value heads, of which head j serves the
         query heads j*N/J .. (j+1)*N/J - 1.
-      num_kv_heads: K; divides J. K == J changes nothing.
+      num_kv_heads: K; divides J. K == J with heads as wide as they are changes nothing.
       moments: of the layer's input.
       rule: a name in `MERGING`.
       layer_scale: (D,) factors on what the output projection gives: they say what an error there
         costs. None: ones.
+      head_width: of the queries and keys wanted, at most H; None: H.
+      v_head_width: of the values wanted, at most V; None: V.
 
     Returns:
       The merged layer in float64, balanced as `balance_heads` does, and the energies.
 
     Raises:
-      UserError: K does not divide J, an unknown rule, moments that are empty, of another width or
-        not finite, a layer of which nothing is linear.
+      UserError: K does not divide J, an unknown rule, widths that the rule or the layer does not
+        give, moments that are empty, of another width or not finite, a layer of which nothing is
+        linear.
     """
     if rule not in MERGING:
         raise unknown("merging rule", rule, MERGING)
@@ -116,15 +127,17 @@ def merge_heads(
         name: {leaf: np.asarray(x, np.float64) for leaf, x in projection.items()}
         for name, projection in attention.items()
     }
-    model_width, num_heads, width = layer["query"]["kernel"].shape
+    model_width = len(layer["query"]["kernel"])
     have = layer["key"]["kernel"].shape[1]
     check_groups(have, num_kv_heads)
     _check_moments(moments, model_width)
     averaged = not_linear(layer)
-    seen = _seen(layer, moments)
-    problems = _problems(layer, moments, seen, layer_scale)
+    widths = _widths(layer, rule, {"key": head_width, "value": v_head_width})
+    changed = [n for n, (old, new) in widths.items() if old != new or have != num_kv_heads]
+    seen = moments_seen(layer, moments)
+    problems = problems_of(layer, moments, seen, layer_scale)
     energy = {n: None if n in averaged else p.energy(num_kv_heads) for n, p in problems.items()}
-    if have == num_kv_heads:
+    if not changed:
         lost = {name: None if name in averaged else np.zeros(have) for name in problems}
         return Merged(layer, energy["key"], lost["key"], energy["value"], lost["value"])
     if len(averaged) == len(problems):
@@ -136,20 +149,77 @@ def merge_heads(
     ridge = RIDGE * (np.trace(moments.second) / model_width or 1.0)
     ridged = {name: x + ridge * layer[name]["kernel"] for name, x in seen.items()}
     maps = {
-        name: _mean(have, num_kv_heads, width) if name in averaged else p.solve(num_kv_heads, rule)
-        for name, p in _problems(layer, moments, ridged, layer_scale).items()
+        name: p.solve(num_kv_heads, rule, widths[name][1])
+        if name in changed and name not in averaged
+        else _mean(have, num_kv_heads, widths[name][0])
+        for name, p in problems_of(layer, moments, ridged, layer_scale).items()
     }
+    merged = _mapped(layer, maps, num_kv_heads, None if "value" in averaged else moments)
+    lost = {
+        name: None if name in averaged else p.lost(num_kv_heads, *maps[name])
+        for name, p in problems.items()
+    }
+    balanced = balance_heads(merged, changed)
+    old, new = widths["key"]
+    if old != new:  # the logits are divided by the root of the new width
+        for name in ("query", "key"):
+            balanced[name] = {leaf: x * (new / old) ** 0.25 for leaf, x in balanced[name].items()}
+    return Merged(balanced, energy["key"], lost["key"], energy["value"], lost["value"])
+
+
+def _widths(
+    layer: Attention, rule: str, wanted: Mapping[str, int | None]
+) -> dict[str, tuple[int, int]]:
+    """(width, width wanted) of "key" and "value" heads. Raises UserError: not to be had."""
+    averaged, widths = not_linear(layer), {}
+    for name, width in wanted.items():
+        old = layer[name]["kernel"].shape[2]
+        new = old if width is None else width
+        widths[name] = (old, new)
+        if not 1 <= new <= old:
+            raise UserError(f"{name} heads of width {old} cannot become {new} wide: at most {old}")
+        if new != old and name in averaged:
+            option, other = averaged[name], {"key": "v_head_width", "value": "head_width"}[name]
+            raise UserError(
+                f"{name} heads cannot become narrower in layers with {option}, whose norm lets no"
+                f" linear map through; make the others narrower alone: {other}"
+            )
+        if new != old and rule not in NARROWING:
+            raise UserError(
+                f"{rule} leaves heads as wide as they are; {' and '.join(NARROWING)} makes them"
+                f" narrower ({name} heads of width {old} to {new})"
+            )
+    return widths
+
+
+def _mapped(
+    layer: Attention,
+    maps: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    num_kv_heads: int,
+    moments: InputMoments | None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """A layer with the maps folded into its weights.
+
+    Args:
+      layer: J key/value heads.
+      maps: of "key" and "value" heads, encoders and decoders (J, H, E).
+      num_kv_heads: K.
+      moments: of the layer's input: what values lose of their means goes to the output bias. None:
+        it does not.
+    """
+    num_heads, have = layer["query"]["kernel"].shape[1], layer["key"]["kernel"].shape[1]
 
     def encoded(name: str) -> dict[str, Any]:
-        by_group = (num_kv_heads, have // num_kv_heads, width)
+        encoders = maps[name][0]
+        by_group = (num_kv_heads, have // num_kv_heads, encoders.shape[2])
         return {
-            leaf: np.einsum("...jh,jhe->...je", x, maps[name][0])
+            leaf: np.einsum("...jh,jhe->...je", x, encoders)
             .reshape(*x.shape[:-2], *by_group)
             .sum(axis=-2)
             for leaf, x in layer[name].items()
         }
 
-    # Queries and output rows take the decoder of the key/value head that served them: (N, H, H).
+    # Queries and output rows take the decoder of the key/value head that served them: (N, H, E).
     back = {name: np.repeat(decoders, num_heads // have, 0) for name, (_, decoders) in maps.items()}
     queries, rows = layer["query"].items(), layer["out"]["kernel"]
     merged = {
@@ -159,19 +229,14 @@ def merge_heads(
         "value": encoded("value"),
         "out": {**layer["out"], "kernel": np.einsum("nhe,nhd->ned", back["value"], rows)},
     }
-    if "value" not in averaged and "bias" in layer["out"]:
+    if moments is not None and "bias" in layer["out"]:
         mean, shared_mean = (
-            np.repeat(_head_means(x["value"], moments), repeats, axis=0)  # (N, H)
+            np.repeat(head_means(x["value"], moments), repeats, axis=0)  # (N, H)
             for x, repeats in ((layer, num_heads // have), (merged, num_heads // num_kv_heads))
         )
         missing = mean - np.einsum("nhe,ne->nh", back["value"], shared_mean)
         merged["out"]["bias"] = layer["out"]["bias"] + np.einsum("nh,nhd->d", missing, rows)
-    lost = {
-        name: None if name in averaged else p.lost(num_kv_heads, *maps[name])
-        for name, p in problems.items()
-    }
-    balanced = balance_heads(merged)
-    return Merged(balanced, energy["key"], lost["key"], energy["value"], lost["value"])
+    return merged
 
 
 def _mean(have: int, num_kv_heads: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -180,13 +245,16 @@ def _mean(have: int, num_kv_heads: int, width: int) -> tuple[np.ndarray, np.ndar
     return same * (num_kv_heads / have), same
 
 
-def balance_heads(attention: Attention) -> dict[str, dict[str, np.ndarray]]:
+def balance_heads(
+    attention: Attention, sides: Collection[str] = ("key", "value")
+) -> dict[str, dict[str, np.ndarray]]:
     """Give every dimension of a shared head the same scale on both sides; the function stays.
 
     Afterwards the norm of its column in the key kernel is the root mean square of those in the
     kernels of the query heads that it serves, and so for value and output. Weight decay and updates
     of one size for all weights, as Adam makes, then meet what they meet in an ordinary model.
-    Dimensions that are dead on either side stay as they are, and so do projections in `NOT_LINEAR`.
+    Dimensions that are dead on either side stay as they are, and so do projections in `NOT_LINEAR`
+    and those that are not in `sides`.
     """
     layer = {name: dict(projection) for name, projection in attention.items()}
     num_heads, num_kv_heads = layer["query"]["kernel"].shape[1], layer["key"]["kernel"].shape[1]
@@ -202,12 +270,12 @@ def balance_heads(attention: Attention) -> dict[str, dict[str, np.ndarray]]:
     def squares(name: str, axis: int) -> np.ndarray:
         return np.sum(np.square(layer[name]["kernel"]), axis=axis)
 
-    if "key" not in averaged:
+    if "key" in sides and "key" not in averaged:
         factor = scales(squares("key", 0), squares("query", 0))
         layer["key"] = {leaf: x * factor for leaf, x in layer["key"].items()}
         back = np.repeat(factor, group, axis=0)
         layer["query"] = {leaf: x / back for leaf, x in layer["query"].items()}
-    if "value" not in averaged:
+    if "value" in sides and "value" not in averaged:
         factor = scales(squares("value", 0), squares("out", 2))
         layer["value"] = {leaf: x * factor for leaf, x in layer["value"].items()}
         back = np.repeat(factor, group, axis=0)
@@ -215,105 +283,10 @@ def balance_heads(attention: Attention) -> dict[str, dict[str, np.ndarray]]:
     return layer
 
 
-@dataclasses.dataclass
-class _Problem:
-    """What to merge: heads of moment kernel^T seen + mean mean^T, with a weight as in `MERGING`.
-
-    Attributes:
-      kernel: (D, J, H) of the heads.
-      seen: (D, J, H) the moment of the layer's input times the kernel.
-      weight: (J, H, H).
-      mean: (J, H) what the moment is not centred about.
-    """
-
-    kernel: np.ndarray
-    seen: np.ndarray
-    weight: np.ndarray
-    mean: np.ndarray
-
-    def groups(self, num_kv_heads: int, *more: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-        """(moment, weight, *more) of each group."""
-        group = len(self.weight) // num_kv_heads
-        parts = [slice(i * group, (i + 1) * group) for i in range(num_kv_heads)]
-        return [
-            (
-                np.tensordot(self.kernel[:, p], self.seen[:, p], (0, 0))
-                + np.multiply.outer(self.mean[p], self.mean[p]),
-                *(x[p] for x in (self.weight, *more)),
-            )
-            for p in parts
-        ]
-
-    def solve(self, num_kv_heads: int, rule: str) -> tuple[np.ndarray, np.ndarray]:
-        """Encoders and decoders of all heads, (J, H, H) each."""
-        maps = [MERGING[rule](*group) for group in self.groups(num_kv_heads)]
-        encoders, decoders = zip(*maps, strict=True)
-        return np.concatenate(encoders), np.concatenate(decoders)
-
-    def energy(self, num_kv_heads: int) -> np.ndarray:
-        """(K,)."""
-        return np.array([_energy(*group) for group in self.groups(num_kv_heads)])
-
-    def lost(self, num_kv_heads: int, encoders: np.ndarray, decoders: np.ndarray) -> np.ndarray:
-        """(K,) energy of what reading the shared head back does not give."""
-        lost = []
-        for moment, weight, encoder, decoder in self.groups(num_kv_heads, encoders, decoders):
-            group, width = moment.shape[:2]
-            size = group * width
-            error = np.eye(size) - decoder.reshape(size, width) @ encoder.reshape(size, width).T
-            moment = error @ moment.reshape(size, size) @ error.T
-            lost.append(_energy(moment.reshape(group, width, group, width), weight))
-        return np.array(lost)
-
-
-def _energy(moment: np.ndarray, weight: np.ndarray) -> float:
-    return float(np.einsum("gagb,gba->", moment, weight))
-
-
 def _share_kept(energy: np.ndarray | None, lost: np.ndarray | None) -> np.ndarray | None:
     if energy is None:
         return None
     return 1.0 - np.divide(lost, energy, out=np.zeros_like(lost), where=energy > 0.0)
-
-
-def _seen(layer: Attention, moments: InputMoments) -> dict[str, np.ndarray]:
-    """The moment that counts for each kernel times that kernel, of the kernel's shape."""
-    by = {"query": moments.covariance, "key": moments.centred, "value": moments.covariance}
-    return {name: np.tensordot(moment, layer[name]["kernel"], 1) for name, moment in by.items()}
-
-
-def _problems(
-    layer: Attention,
-    moments: InputMoments,
-    seen: Mapping[str, np.ndarray],
-    layer_scale: np.ndarray | None,
-) -> dict[str, _Problem]:
-    """Of "key" and "value"; `seen` as `_seen` gives it."""
-    query, key, value = (layer[name]["kernel"] for name in ("query", "key", "value"))
-    rows, have = layer["out"]["kernel"], key.shape[1]
-    if layer_scale is not None:
-        rows = rows * np.asarray(layer_scale, np.float64)
-
-    # Key heads and value heads pay for all query heads that they serve.
-    means = _head_means(layer["query"], moments)
-    spread = query.transpose(1, 2, 0) @ seen["query"].swapaxes(0, 1)
-    query_weight = spread + means[:, :, None] * means[:, None, :]
-    key_weight, value_weight = (
-        x.reshape(have, -1, *x.shape[1:]).sum(axis=1)
-        for x in (query_weight, rows @ rows.swapaxes(1, 2))
-    )
-    # Softmax does not see a mean of keys; one of values goes to the output bias, or is merged.
-    centred = np.zeros(key.shape[1:])
-    kept = centred if "bias" in layer["out"] else _head_means(layer["value"], moments)
-    return {
-        "key": _Problem(key, seen["key"], key_weight, centred),
-        "value": _Problem(value, seen["value"], value_weight, kept),
-    }
-
-
-def _head_means(projection: Mapping[str, np.ndarray], moments: InputMoments) -> np.ndarray:
-    """E of a projection, (heads, H)."""
-    return np.tensordot(moments.mean, projection["kernel"], 1) + projection.get("bias", 0.0)
 
 
 def _check_moments(moments: InputMoments, width: int) -> None:

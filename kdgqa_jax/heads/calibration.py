@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdgqa_jax import layers, sharding, vit
-from kdgqa_jax.convert.moments import InputMoments, data_free_by_layer
 from kdgqa_jax.errors import UserError
+from kdgqa_jax.heads.moments import InputMoments, data_free_by_layer
 
 Array = jax.Array
 
