@@ -59,7 +59,7 @@ class Conversion:
 
 
 def conversions(heads: int, width: int) -> list[Conversion]:
-    """All rows of a model with so many heads of a width.
+    """All rows of a model with so many heads of a width, each once.
 
     Projections are D (N H + K H + K V + N V) large: K heads of full width as large as N heads of
     width H (N + K) / 2 N.
@@ -75,7 +75,7 @@ def conversions(heads: int, width: int) -> list[Conversion]:
         rows.append(Conversion("mean", k, width, width, in_table=True))
         rows += [Conversion("svd", k, width, width, by, in_table=by) for by in (False, True)]
     rows.append(Conversion("procrustes", fewer[0], width, width, True))
-    rows += [Conversion(rule, k, width, width) for k in fewer[:2] for rule in ("first", "random")]
+    rows += [Conversion(rule, k, width, width) for k in fewer for rule in ("first", "random")]
     for share in (0.95, 0.85, *sizes, 0.3):
         w, shown = narrowed(heads, share), share in sizes[:-1]
         rows += [
@@ -97,7 +97,11 @@ def conversions(heads: int, width: int) -> list[Conversion]:
     for rule, k, share in refitted:
         w = narrowed(k, share)
         rows.append(Conversion(rule, k, w, w, True, True, in_table=True))
-    return rows
+    once: dict[str, Conversion] = {}
+    for row in rows:  # small heads are cut to the same width for several sizes
+        if row.name not in once or row.in_table:
+            once[row.name] = row
+    return list(once.values())
 
 
 # --- one conversion -----------------------------------------------------------------------------
@@ -362,15 +366,16 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=32, help="of these: judge rows beside the table")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images")
     arguments = parser.parse_args()
-    found = convert.load(arguments.source, image_size=arguments.image_size)
+    found = convert.load(arguments.source, image_size=arguments.image_size, num_classes=0)
     chosen = CalibrationImages(
         arguments.images, arguments.data_dir, 2 * arguments.calibrate, arguments.seed
     )
     preprocessing = Preprocessing(**found.description["preprocessing"])
     images = chosen.read(found.model.image_shape, found.description["channels"], preprocessing)
     params = layers.unstack_layers(jax.device_get(found.variables["params"]))
-    moments = convert.gather_moments(found.model, {"params": params}, images[::2], batch_size=32)
-    source = Source(found.model, params, images[::2], moments)
+    model = found.model.clone(scan_layers=False)
+    moments = convert.gather_moments(model, {"params": params}, images[::2], batch_size=32)
+    source = Source(model, params, images[::2], moments)
     judge = Judge(source, images[1::2][: arguments.count])
 
     arguments.out.mkdir(parents=True, exist_ok=True)

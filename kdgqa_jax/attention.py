@@ -260,8 +260,9 @@ class GroupedQueryAttention(nn.Module):
     streams: `dropout`, and `noise` for PGQA.
 
     Sown when the collection is mutable: `grouping` gets key_norm (the scores), allocation and
-    group_index; `intermediates` gets the attention maps BNTS; `inputs` gets what the projections
-    see: x BTD, and heads BTNV before the output projection.
+    group_index; `intermediates` gets the attention maps BNTS, values BSKV, outputs of the heads
+    BTNV and image_norms BK, the Frobenius norms of each image's keys; `inputs` gets what the
+    projections see: x BTD, and heads BTNV before the output projection.
 
     Attributes:
       config: what the layer is.
@@ -316,6 +317,13 @@ class GroupedQueryAttention(nn.Module):
         value = heads(config.num_kv_heads, v_head_width, "value")  # BSKV
 
         index = self._group_index(query, key, train, step, mask)
+        looked_into = self.is_mutable_collection("intermediates") and not self.is_initializing()
+        if looked_into:
+            self._record(
+                "intermediates",
+                values=value,
+                image_norms=alloc.key_head_norms(key, per_example=True),
+            )
         if config.qk_norm:
             query, key = self.norm("q_norm")(query), self.norm("k_norm")(key)
         perturb, noise = None, config.noise
@@ -330,13 +338,14 @@ class GroupedQueryAttention(nn.Module):
             "implementation": None if self.is_initializing() else config.implementation,
             "expansion": config.expansion,
         }
-        if self.is_mutable_collection("intermediates") and not self.is_initializing():
+        if looked_into:
             out, maps = grouped_attention(query, key, value, index, **arguments, return_maps=True)
             self._record("intermediates", maps=maps)
         else:
             out = grouped_attention(query, key, value, index, **arguments)
         if perturb and noise.noise_target == "output":
             out = perturb(out)
+        self._record("intermediates", outputs=out)
         out = checkpoint_name(out, "heads")
         if config.scale_attn_norm:
             out = self.norm("norm")(out.reshape(*out.shape[:2], -1)).reshape(out.shape)

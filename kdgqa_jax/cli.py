@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from kdgqa_jax import commands, console, extras, flags, memory
+from kdgqa_jax import commands, console, extras, flags, memory, parsers
 from kdgqa_jax.errors import Preempted, UserError, one_line, printable, unknown
 from kdgqa_jax.version import __version__
 
@@ -50,6 +50,12 @@ COMMANDS: dict[str, Command] = {
         commands.run_study,
         has_config=True,
         resumes=True,
+        extra="demo",
+    ),
+    "report": Command(
+        "tables, plots and a page of a study or a training run",
+        flags.add_report,
+        commands.run_report,
         extra="demo",
     ),
     "train": Command(
@@ -98,6 +104,11 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command(
         "what a model directory holds", flags.add_inspect, commands.run_inspect, extra="convert"
     ),
+    "analyse": Command(
+        "how alike heads are, key norms and allocations over images",
+        flags.add_analyse,
+        commands.run_analyse,
+    ),
     "compile": Command(
         "memory and time of a step on a TPU slice that is not here",
         flags.add_compile,
@@ -138,13 +149,13 @@ RESUMES = "the same command resumes"
 
 def build_parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of everything, named "", and that of each command."""
-    parser = flags.Parser(
+    parser = parsers.Parser(
         prog="kdgqa",
         description="Grouped query attention for Vision Transformers in JAX.",
         epilog="kdgqa COMMAND --help shows the flags of a command.",
     )
     parser.add_argument("--version", action="version", version=f"kdgqa-jax {__version__}")
-    parsers: dict[str, argparse.ArgumentParser] = {"": parser}
+    found: dict[str, argparse.ArgumentParser] = {"": parser}
     places = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
     for name, command in COMMANDS.items():
         group, _, _ = name.rpartition(" ")
@@ -159,14 +170,14 @@ def build_parsers() -> dict[str, argparse.ArgumentParser]:
             epilog="any other field of the config: --config.FIELD=VALUE"
             if command.has_config
             else None,
-            formatter_class=flags.Help,
+            formatter_class=parsers.Help,
         )
         command.add_flags(subparser)
         subparser.add_argument("--debug", action="store_true", help="show tracebacks")
         subparser.set_defaults(command=name)
-        subparser.usage = flags.usage(subparser)
-        parsers[name] = subparser
-    return parsers
+        subparser.usage = parsers.usage(subparser)
+        found[name] = subparser
+    return found
 
 
 def _sentence(text: str) -> str:
@@ -182,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.prepare()
     try:
         arguments, overrides = build_parsers()[""].parse_known_args(argv)
-    except flags.WrongFlagsError as error:
+    except parsers.WrongFlagsError as error:
         print(printable(error), file=sys.stderr)
         return 2
     arguments.overrides = overrides

@@ -40,9 +40,19 @@ def run_study(arguments: argparse.Namespace) -> None:
 def _run_study(settings: Any, workdir: str, jobs: int) -> None:
     from kdgqa_jax import study
 
-    for package in ("scipy", "matplotlib"):  # of the report: its lack is found before hours of work
+    for package in ("scipy", "matplotlib", "jinja2"):  # a lack is found before hours of work
         extras.needs(package, "the report of a study")
     study.run_study(settings, workdir, jobs)
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    """Tables, plots and a page of a study or a run."""
+    from kdgqa_jax import report
+    from kdgqa_jax.console import say
+
+    baselines = arguments.baselines.split(",") if arguments.baselines else []
+    folder = report.build(arguments.workdir, baselines)
+    say(f"open {folder / 'report.html'} in a browser")
 
 
 def run_train(arguments: argparse.Namespace) -> None:
@@ -396,3 +406,28 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     rows, by = convert.suggest_kv_heads(arguments.checkpoint, share, calibration)
     table(convert.SUGGESTION_HEADER, rows, numbers=True)
     say(by)
+
+
+def run_analyse(arguments: argparse.Namespace) -> None:
+    """How alike the heads of a model are, its key norms and allocations."""
+    from kdgqa_jax import analysis, workdir
+    from kdgqa_jax.console import say, table
+    from kdgqa_jax.report import heads
+
+    out = workdir.check_new(arguments.out)
+    scales = arguments.noise_scales or analysis.NOISE_SCALES
+    found, model, groups = analysis.analyse_directory(
+        arguments.checkpoint,
+        arguments.images,
+        arguments.data_dir,
+        arguments.count,
+        scales,
+        arguments.batch_size,
+        arguments.seed,
+    )
+    about = ("checkpoint", "images", "count", "batch_size", "seed")
+    about = {name: getattr(arguments, name) for name in about}
+    heads.write(found, groups, model, out, about)
+    alike = heads.similarity_table(found)
+    table(alike.header, alike.rows, "cosines of query heads", numbers=True)
+    say(f"{len(found.key_norms)} images; written: {out}")

@@ -12,7 +12,7 @@ from kdgqa_jax.errors import UserError
 _CONVERT = ("safetensors", "huggingface_hub", "PIL", "rich", "orbax", "flatbuffers")
 _TRAIN = (*_CONVERT, "ml_collections", "optax", "grain", "tensorboardX")
 _DATA = ("PIL", "sklearn", "tensorflow_datasets", "importlib_resources")
-_DEMO = (*_TRAIN, *_DATA, "scipy", "matplotlib")
+_DEMO = (*_TRAIN, *_DATA, "scipy", "matplotlib", "jinja2")
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "convert": _CONVERT,

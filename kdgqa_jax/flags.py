@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from kdgqa_jax import paths
 from kdgqa_jax.errors import LARGEST, SEEDS, UserError, one_line
@@ -181,6 +181,16 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="NAME[:key=value,...] or a .py file")
 
 
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa report`."""
+    parser.add_argument(
+        "--workdir", type=PATH, required=True, help="directory of a study or a training run"
+    )
+    parser.add_argument(
+        "--baselines", help="of a study, with commas: entries to compare with; none: gqa"
+    )
+
+
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=POSITIVE, default=1, help="cells at once, on cores of their own"
@@ -226,7 +236,7 @@ _NAMES = {"metavar": "N", "nargs": "+", "default": []}
 CONVERT_OPTIONS: dict[str, dict] = {
     "attention": {"help": "variant; none: that of the source"},
     "num_kv_heads": {"type": POSITIVE, "help": "key/value heads; none: kept (of mha: half)"},
-    "pooling": {"default": "mean", "help": "how, such as svd or first"},
+    "pooling": {"default": "mean", "help": "how, such as svd or width"},
     "head_width": {"type": POSITIVE, "help": "of queries, keys (and values); none: as it is"},
     "v_head_width": {"type": POSITIVE, "help": "of values; none: as --head-width"},
     "refit": {"action": "store_true", "default": False, "help": "output to the calibration images"},
@@ -377,6 +387,22 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_options(parser, SUGGESTION_OPTIONS)
 
 
+def add_analyse(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa analyse`."""
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--images", type=PATH, required=True, help="data set or folder of images to look at"
+    )
+    parser.add_argument("--out", type=PATH, required=True, help="directory to write")
+    _add_data_dir(parser, "where the files of the data set are")
+    parser.add_argument("--count", type=POSITIVE, default=256, help="how many images")
+    parser.add_argument(
+        "--noise-scales", type=NUMBERS, help="of PGQA's noise, with commas; none: 0 to 4"
+    )
+    parser.add_argument("--batch-size", type=POSITIVE, default=32, help="images per batch")
+    parser.add_argument("--seed", type=SEED, default=0, help="of images and noise")
+
+
 def given(arguments: argparse.Namespace, options: dict[str, dict]) -> list[str]:
     """The flags among `options` that do not stand at their defaults."""
     return [
@@ -384,46 +410,3 @@ def given(arguments: argparse.Namespace, options: dict[str, dict]) -> list[str]:
         for name, settings in options.items()
         if getattr(arguments, name) != settings.get("default")
     ]
-
-
-# --- Parsers ------------------------------------------------------------------------------------
-
-
-class WrongFlagsError(UserError):
-    """Flags that a command does not have or values that they do not take."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `WrongFlagsError`."""
-        text = one_line(message, None)
-        raise WrongFlagsError(f"{self.prog}: {text}; {self.prog} --help shows the flags")
-
-
-class Help(argparse.HelpFormatter):
-    """Help on one screen: wide flags beside their texts, defaults where there are any."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32)
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default is False or action.default in (None, "", [], argparse.SUPPRESS)
-        return action.help if silent else f"{action.help} (default: %(default)s)"
-
-
-def usage(parser: argparse.ArgumentParser) -> str:
-    """The usage line of a command: what it needs."""
-    needed = [a for a in parser._actions if a.required]
-    shown = [_shown(a) if a.option_strings else "{" + ",".join(a.choices) + "}" for a in needed]
-    either = [
-        "(" + " | ".join(map(_shown, group._group_actions)) + ")"
-        for group in parser._mutually_exclusive_groups
-        if group.required
-    ]
-    return " ".join([parser.prog, *either, *shown, "[options]"])
-
-
-def _shown(flag: argparse.Action) -> str:
-    return f"{flag.option_strings[0]} {flag.metavar or flag.dest.upper()}"

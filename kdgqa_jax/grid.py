@@ -58,20 +58,20 @@ AXES: dict[str, Axis] = {
     "finetune.": Axis(("",), "finetuned"),
     "": Axis(_ALL, "pretrained"),  # such as model.name and data.name
 }
-"""By the longest key that a field begins with. Options of grouping rules, as in `model.window`, do
-not concern pretraining, which has no groups: see `axis_of`."""
+"""By the longest key that a field begins with. Options of grouping rules and of conversion, as in
+`model.window`, do not concern the pretrained model, which has no groups: see `axis_of`."""
 
 
 def axis_of(field: str) -> Axis:
     """What a field of an axis is."""
-    if field.startswith("model.") and _is_of_rule(field):
+    later = field.startswith("model.") and field != "model.image_size"
+    if later and _has_role(field, options.RULE, options.CONVERSION):
         return Axis(_ALL[1:], "converted")
     return AXES[max((key for key in AXES if field.startswith(key)), key=len)]
 
 
-def _is_of_rule(field: str) -> bool:
-    known = vit.known_options()
-    return field.rpartition(".")[2] in options.names(known, options.RULE)
+def _has_role(field: str, *roles: str) -> bool:
+    return field.rpartition(".")[2] in options.names(vit.known_options(), *roles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +193,11 @@ def _concerns(field: str, entry: Entry) -> bool:
         return not variant.multi_head
     if field == "calibration_images":
         return entry.calibrated
-    if ".model." in f".{field}" and not field.startswith("pretrain.") and _is_of_rule(field):
-        return field.rpartition(".")[2] in options.union(variant.parts)
+    if ".model." in f".{field}" and not field.startswith("pretrain."):
+        if _has_role(field, options.RULE):
+            return field.rpartition(".")[2] in options.union(variant.parts)
+        if _has_role(field, options.CONVERSION) and not field.endswith(".image_size"):
+            return not variant.multi_head
     return True
 
 

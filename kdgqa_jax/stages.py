@@ -60,8 +60,11 @@ def model_options(config: Config, before: dict[str, Any]) -> dict[str, Any]:
       config: a training config.
       before: those of the model that there is, whose architecture stays.
     """
-    chosen = options.names(vit.known_options(), options.RULE, options.RUN, options.PROGRAM)
+    known = vit.known_options()
+    chosen = options.names(known, options.RULE, options.RUN, options.PROGRAM)
     chosen += ("attention", "num_kv_heads")
+    widths = set(options.names(known, options.CONVERSION)) - {*chosen, "image_size"}
+    chosen += tuple(sorted(name for name in widths if config.model[name] is not None))
     return {**before, **{name: config.model[name] for name in chosen}}
 
 

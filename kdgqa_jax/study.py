@@ -26,7 +26,7 @@ import jax
 import ml_collections
 
 from kdgqa_jax import config as config_lib
-from kdgqa_jax import grid, jobs, logs, paths, report, study_checks, train
+from kdgqa_jax import grid, jobs, paths, report, study_checks, train
 from kdgqa_jax import stages as stages_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.data import identity
@@ -87,7 +87,7 @@ def run_study(config: Config, workdir: str | os.PathLike, num_jobs: int = 1) -> 
         call = functools.partial(stages_lib.finish, config, workdir)
         failures = jobs.run(list(tasks.values()), call, num_jobs)
         records = _records(workdir, planned, failures)
-        _write(config, workdir, planned, records)
+        _write(workdir, planned, records)
     _raise_failures(records, workdir)
     return records
 
@@ -154,36 +154,29 @@ def _records(
             if stage.folder not in failures:
                 found = stages_lib.finished(workdir, stage).records
                 records += [{**about, **record, **about, **where} for record in found]
-            elif not of_base and cell not in failed:
-                failed.add(cell)
+            elif owner not in failed and (stage.probes or not of_base):  # cells follow their base
+                failed.add(owner)
                 records.append({**about, "stage": stage.name, "failed": failures[stage.folder]})
     return records
 
 
-def _write(
-    config: Config,
-    workdir: pathlib.Path,
-    planned: dict[Cell, list[Stage]],
-    records: list[Record],
-) -> None:
-    """The report: of whole cells its table and plots, of all that there is results.json."""
+def _write(workdir: pathlib.Path, planned: dict[Cell, list[Stage]], records: list[Record]) -> None:
+    """results.json, what failed, how long stages took, and the report of all cells that ended."""
     folder = workdir / "report"
-    failed = {(r["entry"], r["seed"]) for r in records if "failed" in r}
-    whole = [r for r in records if (r["entry"], r["seed"]) not in failed]
-    tabled = [r for r in whole if r["stage"] == "pretrained" or "pretrained" not in r["stage"]]
-    if any(r["stage"] != "pretrained" for r in tabled):
-        report.write(tabled, _histories(config, workdir, planned, failed), folder)
+    failed = [record for record in records if "failed" in record]
     workdir_lib.write_json(folder / "results.json", records)
     stages = {stage.folder: stage for stages in planned.values() for stage in stages}
     ended = {name: stages_lib.finished(workdir, stage) for name, stage in stages.items()}
     seconds = {name: found.seconds for name, found in ended.items() if found}
     workdir_lib.write_json(folder / "timings.json", seconds)
     if failed:
-        lines = [_sentence(record) for record in records if "failed" in record]
+        lines = [_sentence(record) for record in failed]
         with workdir_lib.written_file(folder / "failed.md") as path:
             path.write_text("\n".join(["# Cells that failed", "", *lines, ""]), "utf-8")
     else:
         (folder / "failed.md").unlink(missing_ok=True)
+    if len(failed) < len(planned):
+        report.build(workdir)
 
 
 def _sentence(record: Record) -> str:
@@ -199,26 +192,3 @@ def _raise_failures(records: list[Record], workdir: pathlib.Path) -> None:
             f" {workdir / 'report' / 'failed.md'} has them all, and the same command runs them"
             " again"
         )
-
-
-def _histories(
-    config: Config,
-    workdir: pathlib.Path,
-    planned: dict[Cell, list[Stage]],
-    failed: set[tuple[str, int]],
-) -> dict[str, report.History]:
-    """Per entry, of the first seed: what training has logged, by stage."""
-    histories = {}
-    for cell, stages in planned.items():
-        if cell.seed != config.seed or (cell.name, cell.seed) in failed:
-            continue
-        trained = [s for s in stages if s.kind in ("uptrained", "finetuned") and not s.probes]
-        uptrained = [s for s in trained if s.kind == "uptrained"][-1:]
-        last = [*uptrained, *(s for s in trained if s.kind == "finetuned")]
-        logged = {stage.name: logs.read_metrics(workdir / stage.folder) for stage in last}
-        histories[cell.name] = {
-            name: [r for r in found if r["split"] == "train"]
-            for name, found in logged.items()
-            if found
-        }
-    return histories

@@ -34,8 +34,12 @@ def test_capture_explains_the_output(attention, scan_layers):
     for i, x in enumerate(inputs):
         attn = params[f"blocks_{i}"]["attn"]
         helpers.assert_close(seen.key_norm[i], helpers.key_norms(x, attn).mean(0), 1e-5)
-        projected = (helpers.project(x, attn, name) for name in ("query", "key", "value"))
-        helpers.assert_close(seen.maps[i], helpers.naive_attention(*projected, indices[i])[1], 1e-5)
+        helpers.assert_close(seen.image_norms[i], helpers.key_norms(x, attn), 1e-5)
+        projected = [helpers.project(x, attn, name) for name in ("query", "key", "value")]
+        helpers.assert_close(seen.values[i], projected[-1], 1e-5)
+        outputs, maps, _ = helpers.naive_attention(*projected, indices[i])
+        helpers.assert_close(seen.maps[i], maps, 1e-5)
+        helpers.assert_close(seen.outputs[i], outputs, 1e-5)
 
 
 def test_capture_in_example_scope_has_a_batch_axis():

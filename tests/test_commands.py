@@ -42,6 +42,8 @@ BY = {
     r"export": "tests/test_exported.py",
     r"card": "tests/test_card.py",
     r"inspect": "tests/test_predict.py",
+    r"analyse": "tests/test_similarity.py",
+    r"report": "tests/test_report.py",
 }  # fmt: skip
 """What a command begins with or holds -> the test file that runs it in small, or what it needs."""
 

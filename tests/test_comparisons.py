@@ -2,12 +2,15 @@
 
 import csv
 import math
+import re
 
 import numpy as np
 import pytest
+import simulate_comparisons
 from scipy import stats
 
-from kdgqa_jax import comparisons, report
+from kdgqa_jax import comparisons
+from kdgqa_jax.report import tables
 
 ENTRIES = ("gqa", "kdgqa", "dgqa_ema", "dgqa_diff", "pgqa", "gqa (svd)")
 
@@ -74,25 +77,120 @@ def test_seeds_are_paired_and_the_first_grouped_entry_is_compared_with():
     assert comparisons.compare(study([[1.0], [2.0]]), "finetuned") == []
 
 
-def rejections(difference, studies=1000, seeds=5):
-    """Of simulated studies of all entries: how many say that anything, and each, is different."""
-    rng = np.random.default_rng(0)
-    seen = []
-    for _ in range(studies):
-        top1 = rng.normal(80.0, 3.0, seeds) + rng.normal(0.0, 1.0, (len(ENTRIES), seeds))
-        top1[1:] = top1[0] + rng.normal(difference, 1.0, (len(ENTRIES) - 1, seeds))
-        found = comparisons.compare(study(top1), "finetuned")
-        seen.append([c.significant for c in found])
-    return np.any(seen, axis=1).mean(), np.mean(seen)
+def naive_pooled(differences):
+    """p of each comparison by the formulas of docs/analysis.md, for seeds that all have."""
+    d = np.array(differences)
+    m, n = d.shape
+    freedom = m * (n - 1) / (1 + (m - 1) / 4)
+    statistic = d.mean(1) / np.sqrt(d.var(1, ddof=1).mean() / n)
+    return 2 * stats.t.cdf(-np.abs(statistic), freedom), freedom
 
 
-def test_corrected_tests_keep_their_level_and_see_what_is_there(monkeypatch):
-    monkeypatch.setattr(comparisons, "MOST_FLIPS", 1)  # they are not asked for here
-    monkeypatch.setattr(comparisons, "permutation_test", lambda differences: 1.0)
-    wrongly, _ = rejections(0.0)
-    assert wrongly <= 0.07
-    rightly, each = rejections(2.0)  # in standard deviations of a difference
-    assert rightly >= 0.8 and each >= 0.7
+def test_pooled_tests_share_one_variance():
+    d = np.random.default_rng(3).normal(size=(5, 6))
+    d = stats.zscore(d, axis=1) * np.linspace(0.8, 1.2, 5)[:, None] + np.arange(5)[:, None]
+    found = comparisons.pooled_t_tests(d.tolist())
+    expected, freedom = naive_pooled(d)
+    assert [t.p for t in found] == pytest.approx(expected, rel=1e-9)
+    width = stats.t.interval(0.95, freedom, scale=np.sqrt(d.var(1, ddof=1).mean() / 6))[1]
+    assert all(t.pooled and t.interval == pytest.approx(width, rel=1e-9) for t in found)
+    # Alone it is the paired t-test.
+    (alone,) = comparisons.pooled_t_tests([d[0]])
+    assert alone.p == pytest.approx(stats.ttest_1samp(d[0], 0.0).pvalue, rel=1e-9)
+    assert not alone.pooled
+
+
+def test_the_degrees_of_freedom_are_those_of_the_pooled_variance():
+    """A variance with f degrees of freedom has the variance 2 / f, relative to its square."""
+    y = np.random.default_rng(0).normal(size=(40_000, 6, 5))
+    pooled = (y[:, 1:] - y[:, :1]).var(axis=2, ddof=1).mean(axis=1)
+    freedom = 2 / (pooled.var() / pooled.mean() ** 2)
+    assert comparisons._pool(np.ones((5, 5)).tolist())[1] == 5 * 4 / 2
+    assert freedom == pytest.approx(10, rel=0.03)
+
+
+def test_a_noisy_comparison_is_tested_by_its_own_variance():
+    rng = np.random.default_rng(1)
+    d = [*rng.normal(0.0, 1.0, (4, 5)).tolist(), rng.normal(0.0, 20.0, 5).tolist()]
+    found = comparisons.pooled_t_tests(d)
+    assert [t.pooled for t in found] == [True] * 4 + [False]
+    assert found[-1].p == pytest.approx(comparisons.paired_t_test(d[-1]), rel=1e-12)
+
+
+def test_entries_that_do_nothing_leave_the_variance_of_others_alone():
+    d = np.random.default_rng(2).normal(1.0, 1.0, (2, 5)).tolist()
+    zero = [0.0] * 5
+    found = comparisons.pooled_t_tests([d[0], zero, d[1], d[1], zero])
+    expected = comparisons.pooled_t_tests(d)
+    assert found[0] == expected[0] and found[2] == found[3] == expected[1]
+    assert found[1].p == found[4].p == 1.0 and found[1].interval == 0.0
+
+
+def test_corrected_tests_keep_their_level_and_see_what_is_there():
+    """In little; `python tests/simulate_comparisons.py` is the whole."""
+    six = simulate_comparisons.SCENARIOS["six entries"]
+    (wrong, _), _ = simulate_comparisons.simulate(six, 40)
+    assert wrong <= 7
+    _, (seen, seen_by_own) = simulate_comparisons.simulate(six, 40, difference=2.0)
+    assert seen >= 80 and seen > seen_by_own
+
+
+# --- which entries are compared -------------------------------------------------------------------
+
+
+def grid(*entries, stage="finetuned", data="digits"):
+    """Records of entries, two seeds each, with K in their names; mha has all 8 heads."""
+    heads = [int(next(iter(re.findall(r"K=(\d)", name)), 8)) for name in entries]
+    return [
+        {
+            "entry": name, "seed": seed, "stage": stage, "top1": 50.0 + i * (seed + 1),
+            "num_heads": 8, "num_kv_heads": kv, "config": {"data": {"name": data}},
+        }
+        for i, (name, kv) in enumerate(zip(entries, heads, strict=True))
+        for seed in (0, 1)
+    ]  # fmt: skip
+
+
+def against(records, *baselines, stage="finetuned"):
+    return {(c.entry, c.other) for c in comparisons.compare(records, stage, baselines)}
+
+
+def test_baselines_have_the_same_kv_heads_and_options():
+    records = grid(
+        "mha", "gqa, K=2", "gqa, K=4", "kdgqa, K=2", "kdgqa, K=4",
+        "dgqa_ema, K=2, window=100", "gqa (svd), K=2", "kdgqa (svd), K=2",
+    )  # fmt: skip
+    by_gqa = {
+        ("kdgqa, K=2", "gqa, K=2"),
+        ("kdgqa, K=4", "gqa, K=4"),
+        ("dgqa_ema, K=2, window=100", "gqa, K=2"),
+        ("gqa (svd), K=2", "gqa, K=2"),
+        ("kdgqa (svd), K=2", "gqa (svd), K=2"),
+    }
+    assert against(records) == against(records, "gqa") == by_gqa
+    grouped = {r["entry"] for r in records if r["entry"] != "mha"}
+    assert against(records, "mha") == {(entry, "mha") for entry in grouped}
+    assert against(records, "gqa", "mha") == by_gqa | against(records, "mha")
+
+
+def test_a_family_is_a_stage_and_a_data_set():
+    records = grid("gqa, K=2", "kdgqa, K=2", "pgqa, K=2")
+    other = grid("gqa, K=2, name=b", "kdgqa, K=2, name=b", data="b")
+    alone = comparisons.compare(other, "finetuned")
+    together = comparisons.compare([*records, *other], "finetuned")
+    assert [c.data for c in together] == ["digits", "digits", "b"]
+    assert together[-1] == alone[0]
+
+
+def test_a_stage_that_several_entries_share_is_compared_once():
+    longer = [f"{e}, K=2, epochs={n}" for e in ("gqa", "kdgqa") for n in (1, 5)]
+    records = [*grid(*longer, stage="converted"), *grid(*longer, stage="uptrained")]
+    for r in records:
+        r["folder"] = r["entry"].partition(", e")[0] if r["stage"] == "converted" else r["entry"]
+    assert against(records, stage="converted") == {("kdgqa, K=2, epochs=1", "gqa, K=2, epochs=1")}
+    assert against(records, stage="uptrained") == {
+        (f"kdgqa, K=2, epochs={n}", f"gqa, K=2, epochs={n}") for n in (1, 5)
+    }
 
 
 def test_what_is_said_and_written(tmp_path):
@@ -105,13 +203,11 @@ def test_what_is_said_and_written(tmp_path):
     above, none = (c.sentence() for c in found)
     assert above.startswith("finetuned: kdgqa is above gqa (+5.06 points, 95 % interval +4.")
     assert none.startswith("finetuned: no difference seen between dgqa_ema and gqa (+0.02 points")
-    comparisons.write(found, tmp_path)
-    rows = list(csv.DictReader((tmp_path / "comparisons.csv").read_text().splitlines()))
+    (tmp_path / "c.csv").write_text(tables.comparisons_csv(found))
+    rows = list(csv.DictReader((tmp_path / "c.csv").read_text().splitlines()))
     assert [row["entry"] for row in rows] == ["kdgqa", "dgqa_ema"]
     assert float(rows[0]["p_holm"]) == found[0].p_holm
-    latex = (tmp_path / "comparisons.tex").read_text()
-    assert r"dgqa\_ema & gqa & finetuned & 5 & +0.02 $\pm$" in latex
-    assert latex.count(r"\\") == 3
-    lines = report._paired_lines(found)
-    assert f"- {above}" in lines and sum(line.startswith("| kdgqa") for line in lines) == 1
-    assert report._paired_lines([]) == []
+    table = tables.compared(found)
+    assert r"dgqa\_ema & gqa & finetuned & 5 & +0.02 $\pm$" in table.latex()
+    assert table.latex().count(r"\\") == 3
+    assert sum(line.startswith("| kdgqa") for line in table.markdown()) == 1

@@ -68,6 +68,8 @@ def test_rules_are_an_axis_with_the_names_of_entries():
         ("model.name=mu/4|mu/2", 0),
         ("pretrain.optim.learning_rate=0.1|0.2", 0),
         ("model.beta=0.5|0.9", 1),
+        ("model.head_width=16|32", 1),
+        ("model.image_size=28|56", 0),
         ("num_kv_heads=2|3", 1),
         ("uptrain.data.train_share=0.5|1.0", 1),
         ("uptrain.data.label_noise=0.0|0.4", 2),

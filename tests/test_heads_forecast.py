@@ -1,5 +1,7 @@
 """What a conversion discards, against loops over tokens; the sentence that predicts."""
 
+import pathlib
+
 import helpers
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from merging_helpers import (
     structured_tokens,
 )
 
-from kdgqa_jax import convert
+from kdgqa_jax import convert, workdir
 from kdgqa_jax.heads import forecast
 
 
@@ -67,3 +69,23 @@ def test_reports_predict_where_it_can_be_said(tmp_path):
     normed = model_directory(tmp_path / "normed", "mha", qk_norm=True)
     notes = convert.load(normed, attention="gqa", num_kv_heads=3, pooling="svd").report.notes
     assert not any(note.startswith("predicted") for note in notes)
+
+
+def test_bands_are_those_of_the_front():
+    """What is printed is what docs/results holds, to two decimals."""
+    place = pathlib.Path(__file__).parents[1] / "docs" / "results" / "front_digits" / "front.json"
+    gate = workdir.read_json(place)["gate"]
+    assert gate["as printed"]["conversions"] >= 50
+    for how, bands in forecast.MEASURED.items():
+        for band, (limit, count, *cosines) in zip(bands, gate[how]["bands"], strict=True):
+            assert band == (round(limit, 3), count, *(round(x, 2) for x in cosines))
+
+
+def test_sentences_promise_no_more_than_was_measured():
+    said = [forecast.forecast({"blocks_0": (0.0, share)}, True) for share in (0.001, 0.06, 0.16)]
+    assert said[0].startswith("under 1% of logits and values discarded")
+    assert "kept cosines of 0.98 to 1.00" in said[0]
+    assert said[1].startswith("3% of") and "cosines of 0.96 to 0.99" in said[1]
+    assert said[2].startswith("8% of") and "cosines of 0.96 to 0.98" in said[2]
+    assert "train afterwards" in forecast.forecast({"blocks_0": (0.9, 0.9)}, True)
+    assert "kept cosines" in forecast.forecast({"blocks_0": (0.9, 0.8)}, False)

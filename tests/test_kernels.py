@@ -376,9 +376,9 @@ ones = jnp.ones
 @pytest.mark.parametrize(
     "shapes, index, message",
     [
-        (((2, 5, 4), (2, 7, 2, 3), (2, 7, 2, 3)), None, "expected query BTNH and key, value BSKH"),
+        (((2, 5, 4), (2, 7, 2, 3), (2, 7, 2, 3)), None, "query BTNH, key BSKH and value BSKV"),
         (((2, 5, 4, 3), (2, 7, 2), (2, 7, 2)), None, r"key \(2, 7, 2\)"),
-        (((2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 4, 3)), None, r"of one shape, got .*\(2, 7, 4, 3\)"),
+        (((2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 4, 3)), None, r"BSKV, got .*\(2, 7, 4, 3\)"),
         (((2, 5, 4, 3), (1, 7, 2, 3), (1, 7, 2, 3)), None, "agree in batch B and head width H"),
         (
             ((2, 5, 4, 3), (2, 7, 2, 8), (2, 7, 2, 8)),

@@ -131,6 +131,7 @@ def test_a_given_model_probes_and_a_cell_that_fails(workdir, tmp_path):
     settings.pretrain.epochs, settings.finetune.epochs = 0.0, 0.0
     settings.pretrain.init = str(given / "model")
     settings.uptrain.data.train_share = 0.5
+    settings.uptrain.optim.warmup_steps = 0
     with pytest.raises(UserError, match=r"2 of 4 cells failed.*1e30.*not finite.*failed\.md"):
         study.run_study(settings, tmp_path)
     records = json.loads(results(tmp_path))

@@ -74,7 +74,7 @@ def test_files_are_still_opened_one_by_one(tmp_path):
     assert wrong == 9 and prepared[0]["image"].shape == (4, 4, 3)
 
 
-def test_runs_on_other_parts_are_told_apart():
+def test_other_parts_have_other_fingerprints():
     parts = [digits(), digits(train_share=0.5), digits(1, train_share=0.5), digits(label_noise=0.1)]
     prints = [identity.describe(part)["train"]["fingerprint"] for part in parts]
     assert len(set(prints)) == 4

@@ -73,6 +73,7 @@ def check_heads(before: vit.VisionTransformer, after: vit.VisionTransformer, poo
     """Raise UserError unless a rule makes the heads of one model those of the other."""
     have, want = before.attention.num_kv_heads, after.attention.num_kv_heads
     narrows = before.head_widths != after.head_widths
+    check_groups(have, want)
     if pooling == WIDTH and have != want:
         raise UserError(
             f"pooling {WIDTH!r} keeps all {have} key/value heads, and {want} were asked for; give"
@@ -151,7 +152,6 @@ def _merge(
     images: np.ndarray | None,
 ) -> None:
     have, want = before.attention.num_kv_heads, after.attention.num_kv_heads
-    check_groups(have, want)
     if have == want:
         _check_equal_groups(before, variables, after)
         params, fixed = variables["params"], _known_groups(before, variables)
