@@ -173,7 +173,7 @@ class StateCheckpoints:
                     f"no checkpoint in {self.directory} can be read; delete that folder to start"
                     " over, or choose another --workdir"
                 )
-            processes.on_first_process(lambda step=step, aside=aside: self._set_aside(step, aside))
+            processes.on_first_process(functools.partial(self._set_aside, step, aside))
             say(f"it is now {aside}; going back to the one before it")
             self._checkpointer.reload()
         return None
@@ -200,7 +200,7 @@ class StateCheckpoints:
             return "its checksum is wrong"
         if there is not like:
             shardings = jax.tree.map(lambda x: x.sharding, like)
-            convert = functools.partial(layers.in_layout, stacked=layers.is_stacked(like))
+            convert = functools.partial(layers.in_layout, stacked=bool(layers.is_stacked(like)))
             state = jax.jit(convert, out_shardings=shardings)(state)
         return state, position
 
@@ -374,7 +374,7 @@ def save_model(
 def check_replaceable(path: str | os.PathLike) -> paths.Path:
     """The absolute path. Raises UserError if something other than a model directory is there."""
     path = paths.absolute(path)
-    ours = {"model.json", WEIGHTS}
+    ours = {"model.json", WEIGHTS, "README.md"}  # the last is a card of what was there
     try:
         taken = paths.taken(path)
         sound = taken and path.is_dir() and {p.name for p in path.iterdir()} <= ours
