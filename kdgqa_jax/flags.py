@@ -44,6 +44,13 @@ def _finite(text: str) -> float:
     return float(text)
 
 
+def _scales(text: str) -> list[float]:
+    found = [_finite(x) for x in text.split(",")]
+    if not all(0 <= x <= LARGEST for x in found):
+        raise ValueError
+    return found
+
+
 def _image_size(text: str) -> int | tuple[int, int]:
     sides = [_in(range(1, LARGEST + 1), side) for side in text.lower().split("x")]
     if len(sides) > 2:
@@ -59,6 +66,7 @@ def _local(text: str) -> str:
 POSITIVE, COUNT = at_least(1), at_least(0)
 SEED = _value("a seed, 0 to 2**32 - 1", lambda text: _in(SEEDS, text))
 NUMBER = _value("a finite number", _finite)
+SCALES = _value("numbers from 0 on with commas", _scales)
 NUMBERS = _value("finite numbers with commas", lambda text: [_finite(x) for x in text.split(",")])
 IMAGE_SIZE = _value("SIDE or HEIGHTxWIDTH in pixels", _image_size)
 PATH = _value("a path", _local)
@@ -367,7 +375,7 @@ def add_analyse(parser: argparse.ArgumentParser) -> None:
     _add_data_dir(parser, "where the files of the data set are")
     parser.add_argument("--count", type=POSITIVE, default=256, help="how many images")
     parser.add_argument(
-        "--noise-scales", type=NUMBERS, help="of PGQA's noise, with commas; none: 0 to 4"
+        "--noise-scales", type=SCALES, help="of PGQA's noise, with commas; none: 0 to 4"
     )
     parser.add_argument("--batch-size", type=POSITIVE, default=32, help="images per batch")
     parser.add_argument("--seed", type=SEED, default=0, help="of images and noise")

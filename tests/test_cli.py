@@ -254,6 +254,8 @@ NEEDED = {
     "convert": ["--source=a", "--out=b"],
     "predict": ["--checkpoint=a", "--images=b"],
     "inspect": ["--checkpoint=a"],
+    "analyse": ["--checkpoint=a", "--images=b", "--out=c"],
+    "report": ["--workdir=a"],
     "merge-encoder": ["--source=a", "--num-kv-heads=2", "--out=b"],
     "evaluate": ["--checkpoint=a", "--dataset=digits"],
     "prepare": ["--dataset=digits"],

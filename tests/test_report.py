@@ -193,6 +193,13 @@ def test_nothing_to_report_is_one_sentence(tmp_path):
     (tmp_path / "report" / "results.json").write_text(json.dumps(failed))
     with pytest.raises(UserError, match="every cell has failed"):
         report.build(tmp_path)
+    for damaged in ({}, [1], [{"stage": "converted"}]):
+        (tmp_path / "report" / "results.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="does not hold the records of a study"):
+            report.build(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="config of neither a study nor a run"):
+        report.build(tmp_path)
 
 
 def test_a_study_of_one_seed_says_what_that_is_worth():
