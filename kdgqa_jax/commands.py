@@ -2,17 +2,16 @@
 
 import argparse
 import os
-import pathlib
 import sys
 from typing import Any
 
-from kdgqa_jax import flags
+from kdgqa_jax import extras, flags, workdir
 from kdgqa_jax.errors import UserError, printable
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
     """The protocol of a study, on the demo's data."""
-    from kdgqa_jax import config, study
+    from kdgqa_jax import config
 
     settings = config.load_config(f"demo:dataset={arguments.dataset}")
     for stage in (settings.pretrain, settings.uptrain, settings.finetune):
@@ -21,12 +20,12 @@ def run_demo(arguments: argparse.Namespace) -> None:
     if arguments.variants:
         settings.variants = tuple(arguments.variants.split(","))
     settings = config.override(settings, arguments.overrides)
-    study.run_study(settings, arguments.workdir, arguments.jobs)
+    _run_study(settings, arguments.workdir, arguments.jobs)
 
 
 def run_study(arguments: argparse.Namespace) -> None:
     """The protocol of a config, or what it would do."""
-    from kdgqa_jax import config, dry_run, study
+    from kdgqa_jax import config, dry_run
 
     settings = config.override(config.load_config(arguments.config), arguments.overrides)
     if arguments.dry_run:
@@ -34,7 +33,15 @@ def run_study(arguments: argparse.Namespace) -> None:
         return
     if not arguments.workdir:
         raise UserError("a study needs --workdir DIR, where its results go; --dry-run needs none")
-    study.run_study(settings, arguments.workdir, arguments.jobs)
+    _run_study(settings, arguments.workdir, arguments.jobs)
+
+
+def _run_study(settings: Any, workdir: str, jobs: int) -> None:
+    from kdgqa_jax import study
+
+    for package in ("scipy", "matplotlib", "jinja2"):  # a lack is found before hours of work
+        extras.needs(package, "the report of a study")
+    study.run_study(settings, workdir, jobs)
 
 
 def run_report(arguments: argparse.Namespace) -> None:
@@ -71,7 +78,7 @@ def _join(arguments: argparse.Namespace) -> None:
 
     job = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if arguments.multihost:
-        if processes.join_processes(*job) > 0:
+        if processes.join_processes(*job, arguments.join_timeout) > 0:
             console.be_silent()  # the first process speaks for all
     elif any(x is not None for x in job):
         raise UserError("--coordinator, --num-processes and --process-id need --multihost")
@@ -116,11 +123,13 @@ def run_compile(arguments: argparse.Namespace) -> None:
 
     _check_json("--json", arguments.json)
     settings = config.load_config(arguments.config)
+    axes = arguments.mesh.split(",") if arguments.mesh else []
+    overrides = [*(f"--config.mesh.{axis}" for axis in axes), *arguments.overrides]
     for change in ("", *arguments.compare):  # all of them, before the first one takes minutes
-        config.override(settings, [*arguments.overrides, *slices.overrides_of(change)])
+        config.override(settings, [*overrides, *slices.overrides_of(change)])
     rows = slices.compile_for_slice(
         arguments.config,
-        arguments.overrides,
+        overrides,
         arguments.topology,
         step=arguments.step,
         per_chip_batch=arguments.per_chip_batch,
@@ -128,6 +137,23 @@ def run_compile(arguments: argparse.Namespace) -> None:
         python=arguments.python or sys.executable,
     )
     _write_figures(arguments, rows)
+
+
+def run_doctor(arguments: argparse.Namespace) -> None:
+    """What the machine has, and what would hold a run back."""
+    import jax
+
+    from kdgqa_jax import doctor
+
+    _check_json("--json", arguments.json)
+    _join(arguments)
+    found = doctor.doctor(arguments.config, arguments.overrides, arguments.workdir)
+    if jax.process_index() == 0:
+        _write_figures(arguments, [found])
+    if arguments.multihost:
+        from kdgqa_jax import processes
+
+        processes.part()
 
 
 def run_bench_data(arguments: argparse.Namespace) -> None:
@@ -158,7 +184,7 @@ def _write_figures(arguments: argparse.Namespace, results: list[dict[str, Any]])
     """Write what a benchmark found to --json, with what it was measured on."""
     import jax
 
-    from kdgqa_jax import version, workdir
+    from kdgqa_jax import paths, version
 
     if arguments.json:
         device = jax.devices()[0]
@@ -170,12 +196,12 @@ def _write_figures(arguments: argparse.Namespace, results: list[dict[str, Any]])
             "versions": version.versions(),
         }
         figures = {"flags": flags, **measured_on, "results": results}
-        workdir.write_json(pathlib.Path(arguments.json), figures)
+        workdir.write_json(paths.place(arguments.json), figures)
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
     """Write a model directory, or with --to a file of PyTorch names."""
-    from kdgqa_jax import convert, workdir
+    from kdgqa_jax import convert
     from kdgqa_jax.console import say, table
 
     workdir.check_new(arguments.out)
@@ -219,7 +245,7 @@ def _calibration(
 
 def run_merge_encoder(arguments: argparse.Namespace) -> None:
     """Write an encoder's directory with fewer key/value heads."""
-    from kdgqa_jax import convert, workdir
+    from kdgqa_jax import convert
     from kdgqa_jax.console import say, table
     from kdgqa_jax.convert import merging_encoder
 
@@ -250,30 +276,61 @@ def run_predict(arguments: argparse.Namespace) -> None:
 
     out, features = arguments.out, arguments.features
     predict.check_output(out, features)
-    names, predictions, classes = predict.predict_files(
-        arguments.checkpoint,
-        arguments.images,
-        arguments.batch_size,
-        features,
-        needs_classes=not out or not out.endswith(".npy"),
-    )
+    asked = arguments.images, arguments.batch_size
+    needs_classes = not out or not out.endswith(".npy")
+    if arguments.exported:
+        if features:
+            raise UserError("--features belongs to --checkpoint: an exported function has logits")
+        from kdgqa_jax import exported
+
+        names, output, classes = exported.predict_files(
+            arguments.exported, *asked, needs_classes=needs_classes
+        )
+        groupings = []
+    else:
+        names, predictions, classes = predict.predict_files(
+            arguments.checkpoint, *asked, features, needs_classes=needs_classes
+        )
+        output, groupings = predictions.output, predict.describe_allocation(predictions.allocation)
     if out:
-        predict.write(out, names, predictions, classes, arguments.top)
+        predict.write(out, names, output, classes, arguments.top)
         say(f"{len(names)} images, written: {out}")
     else:
-        top = predict.top_classes(predictions.logits, classes, arguments.top)
+        top = predict.top_classes(output, classes, arguments.top)
         rows = [
             [name, ", ".join(f"{label} {100 * p:.1f} %" for label, p in best)]
             for name, best in zip(names, top, strict=True)
         ]
         table(("image", f"top {arguments.top}"), rows)
-    for line in predict.describe_allocation(predictions.allocation):
+    for line in groupings:
         say(line)
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """Write a model as a function."""
+    from kdgqa_jax import exported
+    from kdgqa_jax.console import say
+
+    workdir.check_new(arguments.out)
+    platforms = [name for name in arguments.platforms.split(",") if name]
+    metadata = exported.export(
+        arguments.checkpoint, arguments.out, platforms, arguments.allocation_scope
+    )
+    say(f"written: {arguments.out}, for {', '.join(metadata['platforms'])}; any batch size")
+
+
+def run_card(arguments: argparse.Namespace) -> None:
+    """Write a model card."""
+    from kdgqa_jax import card
+    from kdgqa_jax.console import say
+
+    place = card.write(arguments.checkpoint, arguments.out, arguments.results, arguments.license)
+    say(f"written: {place}")
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Figures on a data set, or of a probe, as lines and a file."""
-    from kdgqa_jax import logs, predict, workdir
+    from kdgqa_jax import logs, paths, predict
     from kdgqa_jax.console import say, table
 
     _check_json("--out", arguments.out)
@@ -286,7 +343,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out:
         about = ("checkpoint", "dataset", "split", "shift")
         about = {name: getattr(arguments, name) for name in about}
-        workdir.write_json(pathlib.Path(arguments.out), logs.valid_json({**about, **result}))
+        workdir.write_json(paths.place(arguments.out), logs.valid_json({**about, **result}))
     figures = [f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"]
     if result["loss"] is not None:
         figures.append(f"loss {result['loss']:.4f}")

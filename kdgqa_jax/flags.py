@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from kdgqa_jax import paths
 from kdgqa_jax.errors import LARGEST, SEEDS, UserError, one_line
@@ -58,8 +58,8 @@ def _image_size(text: str) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
-def _local(text: str) -> str:
-    paths.local(text)
+def _place(text: str) -> str:
+    paths.place(text)
     return text
 
 
@@ -69,9 +69,9 @@ NUMBER = _value("a finite number", _finite)
 SCALES = _value("numbers from 0 on with commas", _scales)
 NUMBERS = _value("finite numbers with commas", lambda text: [_finite(x) for x in text.split(",")])
 IMAGE_SIZE = _value("SIDE or HEIGHTxWIDTH in pixels", _image_size)
-PATH = _value("a path", _local)
-PATH_OR_NONE = _value("a path", lambda text: text and _local(text))
-SOURCE = _value("a path", lambda text: text if text.startswith("hf:") else _local(text))
+PATH = _value("a path", _place)
+PATH_OR_NONE = _value("a path", lambda text: text and _place(text))
+SOURCE = _value("a path", lambda text: text if text.startswith("hf:") else _place(text))
 
 
 # --- Flags of each command ----------------------------------------------------------------------
@@ -121,6 +121,15 @@ def _per_chip_batch(text: str) -> int | str:
     return text if text == "auto" else _in(range(1, LARGEST + 1), text)
 
 
+def _mesh(text: str) -> str:
+    for axis in text.split(","):
+        name, _, size = axis.partition("=")
+        if name not in ("fsdp", "model"):
+            raise ValueError
+        _in(range(1, LARGEST + 1), size)
+    return text
+
+
 def add_compile(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa compile`."""
     parser.add_argument("--config", required=True, help="NAME[:key=value,...] or a .py file")
@@ -132,6 +141,12 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
         help="images a chip, or auto: the most that fit; none: by the config",
     )
     parser.add_argument(
+        "--mesh",
+        type=_value("sizes of axes, such as fsdp=4,model=2", _mesh),
+        metavar="AXIS=N,...",
+        help="fsdp=N, model=N: chips that share parameters, or heads",
+    )
+    parser.add_argument(
         "--compare",
         action="append",
         default=[],
@@ -139,6 +154,14 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
         help="one more row; may be repeated",
     )
     parser.add_argument("--python", type=PATH, help="of an environment with libtpu; none: this")
+    _add_json(parser)
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa doctor`."""
+    parser.add_argument("--config", help="NAME[:key=value,...] of a run that is to be possible")
+    parser.add_argument("--workdir", type=PATH, help="directory or bucket whose rates to measure")
+    _add_job(parser)
     _add_json(parser)
 
 
@@ -209,12 +232,23 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa train`."""
     _add_workdir(parser)
     _add_config(parser)
+    _add_job(parser)
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--multihost", action="store_true", help="one of several processes: the same on every host"
     )
     parser.add_argument("--coordinator", help="HOST:PORT of process 0; none: found by JAX")
     parser.add_argument("--num-processes", type=POSITIVE, help="how many; none: found by JAX")
     parser.add_argument("--process-id", type=COUNT, help="of this one; none: found by JAX")
+    parser.add_argument(
+        "--join-timeout",
+        type=POSITIVE,
+        default=300,
+        metavar="SECONDS",
+        help="to wait for the others at the start",
+    )
 
 
 CALIBRATION_OPTIONS: dict[str, dict] = {
@@ -299,7 +333,9 @@ def _add_options(parser: argparse.ArgumentParser, options: dict[str, dict]) -> N
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa predict`."""
-    _add_checkpoint(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=PATH, help="a model directory")
+    source.add_argument("--exported", type=PATH, metavar="FILE", help="what `kdgqa export` wrote")
     parser.add_argument(
         "--images",
         nargs="+",
@@ -323,9 +359,37 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=POSITIVE, default=256, help="images per batch")
 
 
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa export`."""
+    _add_checkpoint(parser)
+    parser.add_argument("--out", type=PATH, required=True, help="the .npz file to write")
+    parser.add_argument(
+        "--platforms", default="cpu,cuda,tpu", help="where it is to run, with commas"
+    )
+    parser.add_argument(
+        "--allocation-scope",
+        choices=["example"],
+        help="group heads image by image, where the model groups by batches",
+    )
+
+
+def add_card(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa card`."""
+    _add_checkpoint(parser)
+    parser.add_argument("--out", type=PATH, help="a .md file; none: README.md beside the model")
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        type=PATH,
+        default=[],
+        help=".json files of `kdgqa evaluate --out` to report",
+    )
+    parser.add_argument("--license", help="of the weights: an identifier such as apache-2.0")
+
+
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa evaluate`."""
-    from kdgqa_jax.data.sources import SHIFTS
+    from kdgqa_jax.data.shifts import SHIFTS
 
     _add_checkpoint(parser)
     add_prepare(parser)
@@ -388,42 +452,3 @@ def given(arguments: argparse.Namespace, options: dict[str, dict]) -> list[str]:
         for name, settings in options.items()
         if getattr(arguments, name) != settings.get("default")
     ]
-
-
-# --- Parsers ------------------------------------------------------------------------------------
-
-
-class WrongFlagsError(UserError):
-    """Flags that a command does not have or values that they do not take."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `WrongFlagsError`."""
-        text = one_line(message, None)
-        raise WrongFlagsError(f"{self.prog}: {text}; {self.prog} --help shows the flags")
-
-
-class Help(argparse.HelpFormatter):
-    """Help on one screen: wide flags beside their texts, defaults where there are any."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32)
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default is False or action.default in (None, "", [], argparse.SUPPRESS)
-        return action.help if silent else f"{action.help} (default: %(default)s)"
-
-
-def usage(parser: argparse.ArgumentParser) -> str:
-    """The usage line of a command: what it needs."""
-    needed = [a for a in parser._actions if a.required]
-    shown = [
-        f"{a.option_strings[0]} {a.metavar or a.dest.upper()}"
-        if a.option_strings
-        else "{" + ",".join(a.choices) + "}"
-        for a in needed
-    ]
-    return " ".join([parser.prog, *shown, "[options]"])

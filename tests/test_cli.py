@@ -186,7 +186,7 @@ def test_the_config_of_a_run_is_no_study(capsys, tmp_path):
         *(("model.dtype", x) for x in ("float33", "", "int32")),
         *(("optim.learning_rate", x) for x in ("nan", "-1", "inf")),
         *(("model.window", x) for x in ("0", "2147483648")),
-        *(("microbatch", "-1"), ("accumulate", "0"), ("data.workers", "-1")),
+        *(("microbatch", "-2"), ("accumulate", "0"), ("data.workers", "-1")),
         *(("model.param_dtype", "None"), ("data.mean", "nan"), ("data.std", "0.5,inf")),
         *(("logs.tensorboard", "1"), ("data.augment.mixup", "nan"), ("ema_decay", "nan")),
     ],
@@ -232,13 +232,14 @@ def numeric_flags():
 
 
 TEXTS = (flags.PATH, flags.PATH_OR_NONE, flags.SOURCE)
+ANY_NUMBER = ("--mean", "--std", "--suggest-kv-heads", "--noise-scales")
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "9" * 30, "9" * 5000, "", "x", "1.5.1"])
 def test_no_flag_takes_numbers_beyond_use(capsys, value):
     checked = 0
     for command, flag in numeric_flags():
-        takes = flag in ("--mean", "--std", "--suggest-kv-heads") and value in ("-1", "9" * 30)
+        takes = flag in ANY_NUMBER and value in ("-1", "9" * 30)
         if not takes:
             assert cli.main([*command.split(), f"{flag}={value}"]) == 2
             error = capsys.readouterr().err
@@ -254,12 +255,15 @@ NEEDED = {
     "convert": ["--source=a", "--out=b"],
     "predict": ["--checkpoint=a", "--images=b"],
     "inspect": ["--checkpoint=a"],
-    "analyse": ["--checkpoint=a", "--images=b", "--out=c"],
+    "export": ["--checkpoint=a", "--out=b"],
+    "card": ["--checkpoint=a"],
     "report": ["--workdir=a"],
+    "analyse": ["--checkpoint=a", "--images=b", "--out=c"],
     "merge-encoder": ["--source=a", "--num-kv-heads=2", "--out=b"],
     "evaluate": ["--checkpoint=a", "--dataset=digits"],
     "prepare": ["--dataset=digits"],
     "compile": ["--config=testing", "--topology=v5e:2x2"],
+    "doctor": [],
     "bench train": [],
     "bench eval": [],
     "bench data": [],

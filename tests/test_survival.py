@@ -47,8 +47,11 @@ GROUPING = ("allocation", "key_norm", "loss")
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+def write_config(folder):
     """Its data are 320 images in IDX files: for `digits` each process would import scikit-learn."""
-    folder = tmp_path_factory.mktemp("config")
     images, labels = source_helpers.noise(0, 384, 8, 8), source_helpers.noise(1, 384) % 10
     arrays = images[:320], labels[:320], images[320:], labels[320:]
     for file, array in zip(idx.FILES, arrays, strict=True):
@@ -263,6 +266,7 @@ def test_an_image_that_cannot_be_read_stops_the_run_and_keeps_what_is_saved(conf
     assert train.train_and_evaluate(settings, tmp_path / "run")["steps"] == 16
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_stop_the_run(config_file, tmp_path):
     settings = load(config_file, **{"optim.learning_rate": 1e30, "epochs": 12 * 32 / 320})
     with pytest.raises(UserError) as error:
