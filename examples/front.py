@@ -365,6 +365,7 @@ def main() -> None:
     )
     parser.add_argument("--few", type=int, default=32, help="of these: judge rows beside the table")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images")
+    parser.add_argument("--also", type=pathlib.Path, nargs="*", default=[], help="other front.json")
     arguments = parser.parse_args()
     found = convert.load(arguments.source, image_size=arguments.image_size, num_classes=0)
     chosen = CalibrationImages(
@@ -394,7 +395,8 @@ def main() -> None:
             rows.append(measure(source, judge, row, arguments.count, arguments.few))
             print(row.name, {k: round(rows[-1][k], 4) for k in ("r2", "cosine")}, flush=True)
             workdir.write_json(place, {**result, "rows": rows})
-    result |= {"rows": rows, "gate": gate(rows)}
+    others = [row for path in arguments.also for row in workdir.read_json(path)["rows"]]
+    result |= {"rows": rows, "gate": gate(rows), "gate_of_all": gate([*rows, *others], 10)}
     workdir.write_json(place, result)
     table = as_markdown(result)
     with workdir.written_file(arguments.out / "front.md") as path:
