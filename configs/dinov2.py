@@ -14,7 +14,9 @@ there in evaluation: after conversion they are `gqa`, and are left out.
 
 `finetune`: all six variants, three seeds: uptrained on a part of Fashion-MNIST, then fine-tuned on
 solar cells and on the stamps of Tux Paint (`tuxpaint-stamps-default`), to which nothing else here
-was fitted; both from the same uptrained models. Its recipe was chosen, not searched for.
+was fitted; both from the same uptrained models. Fashion-MNIST is grey: the patch embedding is
+summed over colours for it, and spread over them again for the targets. The recipe was chosen, not
+searched for.
 
 A model that is given has no head for these classes: its own top-1 and that of converted models are
 chance, and say nothing; their probes do.
