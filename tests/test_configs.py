@@ -58,6 +58,7 @@ def count(tree):
 STUDIES = (
     *("demo", "demo:dataset=fashion_mnist", "pooling:kv=2", "fashion_mnist"),
     *("dinov2", "dinov2:data=fashion_mnist", "dinov2:part=finetune"),
+    "dinov2:part=finetune,target=fashion_mnist",
     *(f"sweep:of={name}" for name in sweep.SWEEPS),
 )
 
@@ -110,7 +111,7 @@ def test_studies_of_a_given_model_can_be_run(empty, tmp_path, part):
     checkpoint.save_model(tmp_path / "model", variables, about)
     settings = config.load_config(f"dinov2:part={part},init={tmp_path / 'model'}")
     described = study_checks.check(settings, grid.cells(settings), study_checks.Datasets())
-    names = {"probe": set(), "finetune": {"elpv", "tuxpaint_stamps"}}[part]
+    names = {"probe": set(), "finetune": {"tuxpaint_stamps"}}[part]
     assert {d.name for n, d in described.items() if n.startswith("finetune")} == names
     with pytest.raises(UserError, match=r"pretrain: .*nowhere"):
         settings.pretrain.init = str(tmp_path / "nowhere")

@@ -83,7 +83,7 @@ def study_records(config_json):
 def workdir(tmp_path_factory):
     """A study: three seeds of two entries, one of which has failed with one seed."""
     place = tmp_path_factory.mktemp("study")
-    settings = config.load_config("demo:dataset=digits")
+    settings = config.study_config()
     settings.variants = ("gqa", "kdgqa")
     settings = json.loads(json.dumps(settings.to_dict()))
     (place / "config.json").write_text(json.dumps(settings))
@@ -183,7 +183,7 @@ def test_the_page_of_a_run(tmp_path):
 def test_nothing_to_report_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="holds neither a study nor a training run"):
         report.build(tmp_path)
-    settings = config.load_config("demo:dataset=digits").to_dict()
+    settings = config.study_config().to_dict()
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"has not ended .* the command that began it resumes"):
         report.build(tmp_path)
