@@ -309,7 +309,9 @@ def families(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def as_markdown(result: dict[str, Any], title: str) -> str:
     """The table, and the gate's figures."""
-    lines = [f"# {title}", "", f"`{result['command']}`, {result['date']}.", ""]
+    flags = [f"--{k.replace('_', '-')} {v}" for k, v in result["command"].items() if v]
+    command = " ".join(["python examples/front.py", *flags])
+    lines = [f"# {title}", "", f"`{command}`, {result['date']}.", ""]
     lines += ["| | conversion | attention parameters | R2 | cosine |", "|---|---|---:|---:|---:|"]
     for family, rows in families(result).items():
         for row in rows:
