@@ -8,9 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from kdgqa_jax import vit
+from kdgqa_jax import fitting, vit
 from kdgqa_jax.config import parse_arg, train_config
-from kdgqa_jax.errors import unknown
+from kdgqa_jax.errors import UserError, unknown
 
 Fields = dict[str, Any]
 
@@ -129,10 +129,6 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 
-MICROBATCH = {"S": 1024, "B": 512, "L": 256}
-"""Images that a device processes at once, by size of the model: where a batch gives it more, they
-are accumulated. Estimated, not measured, for devices of 80 GB; --config.microbatch for others."""
-
 
 def set_model(config: ConfigDict, **fields: Any) -> None:
     """Set fields of `config.model`. Raises UserError: a model that cannot be built."""
@@ -147,14 +143,16 @@ def make_config(job: str, arg: str, *, recipe: str, dataset: str = "imagenet2012
     Args:
       job: "pretrain", "uptrain" or "finetune".
       arg: "key=value,key=value" with the keys dataset, model, attention, kv (0: half the query
-        heads, or what the model in `init` has) and recipe.
+        heads, or what the model in `init` has), recipe and batch (0: the recipe's own).
       recipe: where `arg` has none.
       dataset: where `arg` has none.
 
     Raises:
       UserError: an unknown key or name, or key/value heads that do not fit the model.
     """
-    arg = parse_arg(arg, dataset=dataset, model="S/16", attention="mha", kv=0, recipe=recipe)
+    arg = parse_arg(
+        arg, dataset=dataset, model="S/16", attention="mha", kv=0, recipe=recipe, batch=0
+    )
     for kind, name, known in (("data set", arg.dataset, DATA), ("recipe", arg.recipe, RECIPES)):
         if name not in known:
             raise unknown(kind, name, known)
@@ -168,7 +166,24 @@ def make_config(job: str, arg: str, *, recipe: str, dataset: str = "imagenet2012
     fields = {**recipe.jobs[job], **recipe.sizes.get(size, {})}
     warmup_epochs = fields.pop("warmup_epochs", 0.0)
     config.update_from_flattened_dict(fields)
+    if arg.batch:
+        set_batch_size(config, arg.batch)
+    # Devices that can split a batch can split those of evaluation.
+    config.eval_batch_size = -(-config.eval_batch_size // config.batch_size) * config.batch_size
     config.optim.warmup_steps = round(warmup_epochs * data.images / config.batch_size)
     config.data.augment.flip = recipe.flip and data.flip
-    config.microbatch = MICROBATCH.get(size, 0)
+    config.microbatch = fitting.AUTO
     return config
+
+
+def set_batch_size(config: ConfigDict, batch_size: int) -> None:
+    """Another batch size, and the learning rate in proportion to it (arXiv 1706.02677).
+
+    The warm-up of a recipe lasts as many epochs as before.
+
+    Raises UserError: no positive number.
+    """
+    if batch_size < 1:
+        raise UserError(f"config argument batch={batch_size} must be positive")
+    config.optim.learning_rate *= batch_size / config.batch_size
+    config.batch_size = batch_size

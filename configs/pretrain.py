@@ -2,9 +2,10 @@
 
     kdgqa train --config pretrain:model=S/16 --workdir runs/pretrain --config.data.data_dir=DIR
 
-Arguments: `dataset` (imagenet2012), `model` (S/16), `attention` (mha), `kv` (half the query heads)
-and `recipe` (modern). The paper starts from models that others have pretrained; its recipe, a
-constant learning rate of 1e-5, is there as `recipe=published`, for 20 epochs.
+Arguments: `dataset` (imagenet2012), `model` (S/16), `attention` (mha), `kv` (half the query heads),
+`recipe` (modern) and `batch` (that of the recipe; the learning rate follows). The paper starts from
+models that others have pretrained; its recipe, a constant learning rate of 1e-5, is there as
+`recipe=published`, for 20 epochs.
 
 Not run at full size: a test builds its models and training steps abstractly.
 """

@@ -6,8 +6,9 @@ r"""Uptraining: a pretrained model whose key/value heads were grouped learns to 
         --workdir runs/uptrain --config.init=converted --config.data.data_dir=DIR
 
 Arguments: `dataset` (imagenet2012), `model` (S/16), `attention` and `kv` (those of the model in
-`init`) and `recipe`: `published` (as in docs/method.md: one epoch, batches of 32, learning rate
-1e-5) or `modern` (one epoch in bfloat16, batches of 1024, see _recipes.py).
+`init`), `batch` (that of the recipe; the learning rate follows) and `recipe`: `published` (as in
+docs/method.md: one epoch, batches of 32, learning rate 1e-5) or `modern` (one epoch in bfloat16,
+batches of 1024, see _recipes.py).
 
 Not run at full size: a test builds its models and training steps abstractly.
 """

@@ -128,21 +128,21 @@ def read(compiled: jax.stages.Compiled) -> Costs:
     cycles: collections.Counter[str] = collections.Counter()
     exchanged: dict[str, tuple[int, int]] = {}
     carried: dict[str, dict[str, int]] = {}
-    unpriced, kernels = 0, collections.Counter[str]()
+    unpriced, kernels, seen = 0, collections.Counter[str](), set[str]()
     for operation, times in _executed(computations):
         if priced := re.search(r'"estimated_cycles":"(\d+)"', operation.text):
             cycles[_part(operation.name)] += int(priced[1]) * times
         else:
-            inside = [operation, *computations.get(operation.calls, [])]
+            inside = [operation, *computations.get(operation.calls or None, [])]
             reads = [o for o in inside if o.kind in ("gather", "scatter")]
             unpriced += times * sum(math.prod(o.shapes[0][1]) for o in reads)
         if 'custom_call_target="tpu_custom_call"' in operation.text:
             kernels[_part(operation.name)] += times
-        if match := re.fullmatch(_COLLECTIVE, operation.kind):
-            count, size = exchanged.get(match[1], (0, 0))
-            results = sum(_BYTES.get(d, 4) * math.prod(shape) for d, shape in operation.shapes)
-            exchanged[match[1]] = (count + times, size + times * results)
-            by_part, part = carried.setdefault(match[1], {}), _part(operation.name)
+        for kind, shapes, name in _collectives(operation, computations, seen):
+            count, size = exchanged.get(kind, (0, 0))
+            results = sum(_BYTES.get(d, 4) * math.prod(shape) for d, shape in shapes)
+            exchanged[kind] = (count + times, size + times * results)
+            by_part, part = carried.setdefault(kind, {}), _part(name)
             by_part[part] = by_part.get(part, 0) + times * results
     return Costs(
         temporary_bytes=memory.temp_size_in_bytes,
@@ -180,13 +180,11 @@ class _Operation:
         found = re.search(r"calls=%([\w.\-]+)", self.text)
         return found[1] if found else ""
 
-    @property
-    def runs(self) -> Iterator[tuple[str, int]]:
+    def runs(self, computations: dict[str, list["_Operation"]]) -> Iterator[tuple[str, int]]:
         """(computation, how often it is run); of a conditional the last branch, which does work."""
         if self.kind == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.text)
             body = re.search(r"body=%([\w.\-]+)", self.text)
-            yield body[1], int(trips[1]) if trips else 1
+            yield body[1], self._trips(computations)
         elif self.kind == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", self.text)
             names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
@@ -194,6 +192,41 @@ class _Operation:
             yield names[-1], 1
         elif self.kind == "call":
             yield re.search(r"to_apply=%([\w.\-]+)", self.text)[1], 1
+
+    def _trips(self, computations: dict[str, list["_Operation"]]) -> int:
+        """How often a loop is run: as it says, or until it reaches the number in its condition."""
+        if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"', self.text):
+            return int(stated[1])
+        condition = re.search(r"condition=%([\w.\-]+)", self.text)
+        inside = computations.get(condition[1], []) if condition else []
+        limits = [re.search(r"constant\((\d+)\)", o.text) for o in inside if o.kind == "constant"]
+        return int(limits[0][1]) if len(limits) == 1 and limits[0] else 1
+
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def _collectives(
+    operation: _Operation, computations: dict[str, list[_Operation]], seen: set[str]
+) -> Iterator[tuple[str, Shapes, str]]:
+    """(kind, shapes, name) of the collectives of an operation, fused ones among them.
+
+    One that runs beside other work is fused into several operations, from its start to its end: its
+    channel, which then is in `seen`, counts once. An all-reduce of which each device keeps a slice
+    is a reduce-scatter.
+    """
+    inside = computations.get(operation.calls or None, []) if operation.kind == "fusion" else []
+    for o in (operation, *inside):
+        channel = re.search(r"channel_id=(\d+)", o.text)
+        match = re.fullmatch(_COLLECTIVE, o.kind)
+        if not match or (channel and channel[1] in seen):
+            continue
+        if channel:
+            seen.add(channel[1])
+        if operation.calls.startswith("all-reduce-scatter"):
+            yield "reduce-scatter", operation.shapes, operation.name or o.name
+        else:
+            yield match[1], o.shapes, operation.name or o.name
 
 
 def _computations(text: str) -> dict[str, list[_Operation]]:
@@ -220,7 +253,7 @@ def _executed(
     """Every operation that is run on its own, with how often."""
     for operation in computations.get(name, []):
         yield operation, times
-        for inner, trips in operation.runs:
+        for inner, trips in operation.runs(computations):
             yield from _executed(computations, inner, times * trips)
 
 

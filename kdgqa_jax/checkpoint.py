@@ -4,13 +4,13 @@ A model directory holds `model.json` (how to build the model, its classes and pr
 it comes from) and `weights.safetensors` (params and norm_stats, by their paths).
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import gc
 import logging
 import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from kdgqa_jax import layers, model_json, paths, processes, sharding, vit, workdir
+from kdgqa_jax import layers, model_json, paths, processes, sharding, storage, vit, workdir
 from kdgqa_jax.console import say
 from kdgqa_jax.errors import UserError, one_line, printable
 
@@ -38,9 +38,25 @@ def abstract(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def any_saved(directory: pathlib.Path) -> bool:
+def any_saved(directory: paths.Path) -> bool:
     """If there is a checkpoint; one that a kill has left half-written does not count."""
-    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
+    return bool(_complete(directory))
+
+
+def _complete(directory: paths.Path) -> list[str]:
+    """The names of the steps that are saved.
+
+    On object storage, which renames nothing, the folder of a step is there from the beginning.
+    """
+    try:
+        steps = [path for path in directory.iterdir() if path.name.isdigit()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except paths.failures(directory) as error:
+        raise UserError(f"{directory} cannot be read ({paths.reason(error)})") from None
+    if paths.is_remote(directory):
+        steps = [path for path in steps if (path / storage.COMPLETE).exists()]
+    return [path.name for path in steps]
 
 
 class StateCheckpoints:
@@ -48,17 +64,40 @@ class StateCheckpoints:
 
     Saving is asynchronous and atomic: a kill at any moment leaves the checkpoints before it. Each
     carries a checksum over all bits of the state, which holds on any number of devices.
+
+    Orbax itself writes to gs://. To s3:// it cannot: there a local folder is uploaded.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int = 2):
+    def __init__(self, directory: paths.Path, keep: int = 2):
         self.directory = directory
+        self._mirror: storage.Mirror | None = None  # on the first process
+        self._uploads = concurrent.futures.ThreadPoolExecutor(1)
         with self._reported("read"):
             self._checkpointer = ocp.training.Checkpointer(
-                directory,
+                directory if paths.orbax_writes(directory) else self._local_folder(),
                 preservation_policy=ocp.training.preservation_policies.LatestN(keep),
                 cleanup_tmp_directories=True,
             )
         self._saving: Any = None
+
+    def _local_folder(self) -> pathlib.Path:
+        """A folder that holds what is saved, which the first process uploads.
+
+        Raises UserError: another process does not see it.
+        """
+
+        def begin() -> str:
+            self._mirror = storage.Mirror(self.directory, _complete(self.directory))
+            return os.fspath(self._mirror.local)
+
+        folder = pathlib.Path(processes.on_first_process(begin))
+        if not folder.is_dir():
+            raise UserError(
+                f"checkpoints in {self.directory} are written through a folder that all processes"
+                f" have to see, and {folder} is not one; set TMPDIR to one, or use gs:// or a"
+                " shared file system"
+            )
+        return folder
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
         """Save in the background, unless this step is saved already; `position` is JSON.
@@ -70,9 +109,21 @@ class StateCheckpoints:
         metadata = {**position, "checksum": int(_checksum(state))}
         with self._reported("written"):
             self._settle()
+            if paths.is_remote(self.directory):
+                run = self.directory.parent
+                processes.on_first_process(lambda: workdir.check_held(run))
             self._saving = self._checkpointer.save_async(
                 step, state, custom_metadata=metadata, force=True
             )
+            if self._mirror:
+                self._saving = self._uploads.submit(self._upload, self._mirror, self._saving)
+
+    def _upload(self, mirror: storage.Mirror, saving: Any) -> None:
+        """Upload what is saved; it counts once the file that says that it is complete is there."""
+        saving.result()
+        for name in _complete(mirror.local):
+            (mirror.local / name / storage.COMPLETE).touch()
+        mirror.push()
 
     def wait(self) -> None:
         """Until saves under way have ended. Raises UserError if one of them failed."""
@@ -177,9 +228,10 @@ class StateCheckpoints:
                 " data and release that it was made with, or choose another --workdir"
             )
 
-    def _set_aside(self, step: int, aside: pathlib.Path) -> None:
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(self.directory / str(step), aside)
+    def _set_aside(self, step: int, aside: paths.Path) -> None:
+        storage.move(self.directory / str(step), aside)
+        if self._mirror:
+            storage.remove(self._mirror.local / str(step))
 
     def __enter__(self) -> "StateCheckpoints":
         self._silence = contextlib.ExitStack()
@@ -189,7 +241,12 @@ class StateCheckpoints:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Wait for saves under way. Raises UserError if one of them failed."""
         with self._silence:
-            self._end(error)
+            try:
+                self._end(error)
+            finally:
+                self._uploads.shutdown()
+                if self._mirror:
+                    self._mirror.close()
 
     def _end(self, error: BaseException | None) -> None:
         if error is None:
@@ -252,6 +309,7 @@ def _checksum(state: Any) -> jax.Array:
 
 
 _DISK = ("No space left on device", "File too large", "Permission denied", "Read-only file system")
+_DISK += ("PERMISSION_DENIED", "Forbidden", "Access Denied", "AccessDenied")  # of object storage
 _NOT_DAMAGE = (*_DISK, "RESOURCE_EXHAUSTED", "Cannot allocate memory", "Too many open files")
 _DATA = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE")  # what TensorStore begins with
 
@@ -299,12 +357,12 @@ def save_model(
     Raises:
       UserError: something else is there, or it cannot be written.
     """
-    check_replaceable(path)
+    path = check_replaceable(path)
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     flat = flatten_dict(jax.device_get(variables), sep="/")
-    with workdir.written_whole(pathlib.Path(path).absolute()) as folder:
+    with workdir.written_whole(path) as folder:
         workdir.write_json(folder / "model.json", description)
         arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
         try:
@@ -313,20 +371,30 @@ def save_model(
             raise OSError(str(error)) from None
 
 
-def check_replaceable(path: str | os.PathLike) -> None:
-    """Raise UserError if something other than a model directory is there."""
-    path = paths.local(path).absolute()
+def check_replaceable(path: str | os.PathLike) -> paths.Path:
+    """The absolute path. Raises UserError if something other than a model directory is there."""
+    path = paths.absolute(path)
     ours = {"model.json", WEIGHTS, "README.md"}  # the last is a card of what was there
-    if os.path.lexists(path) and not (path.is_dir() and set(os.listdir(path)) <= ours):
+    try:
+        taken = paths.taken(path)
+        sound = taken and path.is_dir() and {p.name for p in path.iterdir()} <= ours
+    except paths.failures(path) as error:
+        raise UserError(f"{path} cannot be read ({paths.reason(error)})") from None
+    if taken and not sound:
         raise UserError(
             f"{path} holds something else than a model; move it away, or write elsewhere"
         )
+    return path
 
 
 def check_model(path: str | os.PathLike) -> None:
     """Raise UserError unless a model directory is there; its files are not read."""
-    path = paths.local(path).absolute()
-    if not (path / "model.json").is_file() or not (path / WEIGHTS).is_file():
+    path = paths.absolute(path)
+    try:
+        found = all((path / name).is_file() for name in ("model.json", WEIGHTS))
+    except paths.failures(path) as error:
+        raise UserError(f"{path} cannot be read ({paths.reason(error)})") from None
+    if not found:
         raise UserError(f"{path} is not a model directory: it lacks model.json or {WEIGHTS}")
 
 
@@ -338,7 +406,7 @@ def load_model(
     Raises UserError if the directory does not hold a model, or a damaged one.
     """
     check_model(path)
-    path = pathlib.Path(path).absolute()
+    path = storage.fetched(path).absolute()
     description = model_json.read(path / "model.json")
     arrays = _read(path / WEIGHTS)
     model, shapes = model_json.build(description, arrays, path / "model.json")

@@ -78,7 +78,7 @@ COMMANDS: dict[str, Command] = {
         extra="convert",
     ),
     "merge-encoder": Command(
-        "a text or audio encoder of transformers with fewer key/value heads",
+        "an encoder of transformers with fewer key/value heads",
         flags.add_merge_encoder,
         commands.run_merge_encoder,
         extra="convert",
@@ -113,6 +113,12 @@ COMMANDS: dict[str, Command] = {
         "memory and time of a step on a TPU slice that is not here",
         flags.add_compile,
         commands.run_compile,
+        has_config=True,
+    ),
+    "doctor": Command(
+        "what this machine has, and what would hold a run back",
+        flags.add_doctor,
+        commands.run_doctor,
         has_config=True,
     ),
     "bench train": Command(

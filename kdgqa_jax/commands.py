@@ -2,11 +2,10 @@
 
 import argparse
 import os
-import pathlib
 import sys
 from typing import Any
 
-from kdgqa_jax import extras, flags, workdir
+from kdgqa_jax import extras, flags, paths, workdir
 from kdgqa_jax.errors import UserError, printable
 
 
@@ -79,7 +78,7 @@ def _join(arguments: argparse.Namespace) -> None:
 
     job = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if arguments.multihost:
-        if processes.join_processes(*job) > 0:
+        if processes.join_processes(*job, arguments.join_timeout) > 0:
             console.be_silent()  # the first process speaks for all
     elif any(x is not None for x in job):
         raise UserError("--coordinator, --num-processes and --process-id need --multihost")
@@ -124,11 +123,13 @@ def run_compile(arguments: argparse.Namespace) -> None:
 
     _check_json("--json", arguments.json)
     settings = config.load_config(arguments.config)
+    axes = arguments.mesh.split(",") if arguments.mesh else []
+    overrides = [*(f"--config.mesh.{axis}" for axis in axes), *arguments.overrides]
     for change in ("", *arguments.compare):  # all of them, before the first one takes minutes
-        config.override(settings, [*arguments.overrides, *slices.overrides_of(change)])
+        config.override(settings, [*overrides, *slices.overrides_of(change)])
     rows = slices.compile_for_slice(
         arguments.config,
-        arguments.overrides,
+        overrides,
         arguments.topology,
         step=arguments.step,
         per_chip_batch=arguments.per_chip_batch,
@@ -136,6 +137,23 @@ def run_compile(arguments: argparse.Namespace) -> None:
         python=arguments.python or sys.executable,
     )
     _write_figures(arguments, rows)
+
+
+def run_doctor(arguments: argparse.Namespace) -> None:
+    """What the machine has, and what would hold a run back."""
+    import jax
+
+    from kdgqa_jax import doctor
+
+    _check_json("--json", arguments.json)
+    _join(arguments)
+    found = doctor.doctor(arguments.config, arguments.overrides, arguments.workdir)
+    if jax.process_index() == 0:
+        _write_figures(arguments, [found])
+    if arguments.multihost:
+        from kdgqa_jax import processes
+
+        processes.part()
 
 
 def run_bench_data(arguments: argparse.Namespace) -> None:
@@ -178,7 +196,7 @@ def _write_figures(arguments: argparse.Namespace, results: list[dict[str, Any]])
             "versions": version.versions(),
         }
         figures = {"flags": flags, **measured_on, "results": results}
-        workdir.write_json(pathlib.Path(arguments.json), figures)
+        workdir.write_json(paths.place(arguments.json), figures)
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
@@ -295,10 +313,9 @@ def run_export(arguments: argparse.Namespace) -> None:
 
     workdir.check_new(arguments.out)
     platforms = [name for name in arguments.platforms.split(",") if name]
-    metadata = exported.export(
-        arguments.checkpoint, arguments.out, platforms, arguments.allocation_scope
-    )
-    say(f"written: {arguments.out}, for {', '.join(metadata['platforms'])}; any batch size")
+    place, scope = arguments.out, arguments.allocation_scope
+    exported.export(arguments.checkpoint, place, platforms, scope)
+    say(f"written: {place}, for {', '.join(platforms)}; any batch size")
 
 
 def run_card(arguments: argparse.Namespace) -> None:
@@ -325,7 +342,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out:
         about = ("checkpoint", "dataset", "split", "shift")
         about = {name: getattr(arguments, name) for name in about}
-        workdir.write_json(pathlib.Path(arguments.out), logs.valid_json({**about, **result}))
+        workdir.write_json(paths.place(arguments.out), logs.valid_json({**about, **result}))
     figures = [f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"]
     if result["loss"] is not None:
         figures.append(f"loss {result['loss']:.4f}")

@@ -93,7 +93,8 @@ def train_config() -> ConfigDict:
             },
             "batch_size": 32,  # images per update, over all devices
             # For less memory, a batch is processed in `accumulate` parts, or in more of them, so
-            # that no device has more than `microbatch` images at once; 0: no limit.
+            # that no device has more than `microbatch` images at once; 0: no limit, -1: by the
+            # memory of the device.
             "accumulate": 1,
             "microbatch": 0,
             "epochs": 5.0,

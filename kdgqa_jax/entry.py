@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 from kdgqa_jax.attention import VARIANTS, variant_name
 from kdgqa_jax.errors import UserError, unknown
-from kdgqa_jax.heads.grouping import check_pooling
-from kdgqa_jax.heads.merging import MERGING
+from kdgqa_jax.heads.grouping import BY_DATA, check_pooling
 
 _OPTIONS = ("free", "refit")
 
@@ -27,7 +26,7 @@ class Entry:
       folder: as it was asked for, which is its folder's name.
       variant: a name in `attention.VARIANTS`.
       rule: as it was asked for; "" for `mha`, which keeps its heads.
-      pooling: a name in `convert.POOLING` or `convert.MERGING`.
+      pooling: a name in `heads.grouping.RULES`.
       free: heads are merged without data.
       refit: output projections are refitted with calibration images.
     """
@@ -43,7 +42,7 @@ class Entry:
     @property
     def calibrated(self) -> bool:
         """Calibration images are needed."""
-        return self.refit or (self.pooling in MERGING and not self.free)
+        return self.refit or (self.pooling in BY_DATA and not self.free)
 
     @classmethod
     def parse(cls, text: str, default_rule: str) -> "Entry":
@@ -72,7 +71,7 @@ class Entry:
             refit="refit" in options,
         )
         check_pooling(pooling, entry.calibrated, entry.refit)
-        if entry.free and pooling not in MERGING:
+        if entry.free and pooling not in BY_DATA:
             raise UserError(f"rule {rule!r}: {pooling} never takes data; leave '+free' out")
         return entry
 

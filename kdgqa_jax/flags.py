@@ -1,72 +1,22 @@
-"""The flags of each command, and what their values may be."""
+"""The flags of each command; what their values may be is in flag_values.py."""
 
 import argparse
-import math
-from collections.abc import Callable
-from typing import Any
 
-from kdgqa_jax import paths
-from kdgqa_jax.errors import LARGEST, SEEDS, UserError, one_line
-
-# --- Values of flags ----------------------------------------------------------------------------
-
-
-def _value(expected: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A `type` of argparse that says what was expected where `parse` fails."""
-
-    def parsed(text: str) -> Any:
-        try:
-            return parse(text)
-        except UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        except (ValueError, OverflowError):
-            shown = repr(one_line(text, 80))
-            raise argparse.ArgumentTypeError(f"{shown} must be {expected}") from None
-
-    return parsed
-
-
-def _in(allowed: range, text: str) -> int:
-    if int(text) not in allowed:
-        raise ValueError
-    return int(text)
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A `type` for whole numbers from `least` on."""
-    allowed = range(least, LARGEST + 1)
-    return _value(f"a whole number, at least {least}", lambda text: _in(allowed, text))
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError
-    return float(text)
-
-
-def _image_size(text: str) -> int | tuple[int, int]:
-    sides = [_in(range(1, LARGEST + 1), side) for side in text.lower().split("x")]
-    if len(sides) > 2:
-        raise ValueError
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def _local(text: str) -> str:
-    paths.local(text)
-    return text
-
-
-POSITIVE, COUNT = at_least(1), at_least(0)
-SEED = _value("a seed, 0 to 2**32 - 1", lambda text: _in(SEEDS, text))
-NUMBER = _value("a finite number", _finite)
-NUMBERS = _value("finite numbers with commas", lambda text: [_finite(x) for x in text.split(",")])
-IMAGE_SIZE = _value("SIDE or HEIGHTxWIDTH in pixels", _image_size)
-PATH = _value("a path", _local)
-PATH_OR_NONE = _value("a path", lambda text: text and _local(text))
-SOURCE = _value("a path", lambda text: text if text.startswith("hf:") else _local(text))
-
-
-# --- Flags of each command ----------------------------------------------------------------------
+from kdgqa_jax.errors import LARGEST
+from kdgqa_jax.flag_values import (
+    COUNT,
+    IMAGE_SIZE,
+    NUMBER,
+    NUMBERS,
+    PATH,
+    PATH_OR_NONE,
+    POSITIVE,
+    SCALES,
+    SEED,
+    SOURCE,
+    _in,
+    _value,
+)
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +63,15 @@ def _per_chip_batch(text: str) -> int | str:
     return text if text == "auto" else _in(range(1, LARGEST + 1), text)
 
 
+def _mesh(text: str) -> str:
+    for axis in text.split(","):
+        name, _, size = axis.partition("=")
+        if name not in ("fsdp", "model"):
+            raise ValueError
+        _in(range(1, LARGEST + 1), size)
+    return text
+
+
 def add_compile(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa compile`."""
     parser.add_argument("--config", required=True, help="NAME[:key=value,...] or a .py file")
@@ -124,6 +83,12 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
         help="images a chip, or auto: the most that fit; none: by the config",
     )
     parser.add_argument(
+        "--mesh",
+        type=_value("sizes of axes, such as fsdp=4,model=2", _mesh),
+        metavar="AXIS=N,...",
+        help="fsdp=N, model=N: chips that share parameters, or heads",
+    )
+    parser.add_argument(
         "--compare",
         action="append",
         default=[],
@@ -131,6 +96,14 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
         help="one more row; may be repeated",
     )
     parser.add_argument("--python", type=PATH, help="of an environment with libtpu; none: this")
+    _add_json(parser)
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa doctor`."""
+    parser.add_argument("--config", help="NAME[:key=value,...] of a run that is to be possible")
+    parser.add_argument("--workdir", type=PATH, help="directory or bucket whose rates to measure")
+    _add_job(parser)
     _add_json(parser)
 
 
@@ -201,12 +174,23 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa train`."""
     _add_workdir(parser)
     _add_config(parser)
+    _add_job(parser)
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--multihost", action="store_true", help="one of several processes: the same on every host"
     )
     parser.add_argument("--coordinator", help="HOST:PORT of process 0; none: found by JAX")
     parser.add_argument("--num-processes", type=POSITIVE, help="how many; none: found by JAX")
     parser.add_argument("--process-id", type=COUNT, help="of this one; none: found by JAX")
+    parser.add_argument(
+        "--join-timeout",
+        type=POSITIVE,
+        default=300,
+        metavar="SECONDS",
+        help="to wait for the others at the start",
+    )
 
 
 CALIBRATION_OPTIONS: dict[str, dict] = {
@@ -397,7 +381,7 @@ def add_analyse(parser: argparse.ArgumentParser) -> None:
     _add_data_dir(parser, "where the files of the data set are")
     parser.add_argument("--count", type=POSITIVE, default=256, help="how many images")
     parser.add_argument(
-        "--noise-scales", type=NUMBERS, help="of PGQA's noise, with commas; none: 0 to 4"
+        "--noise-scales", type=SCALES, help="of PGQA's noise, with commas; none: 0 to 4"
     )
     parser.add_argument("--batch-size", type=POSITIVE, default=32, help="images per batch")
     parser.add_argument("--seed", type=SEED, default=0, help="of images and noise")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from kdgqa_jax import extras, workdir
+from kdgqa_jax import extras, paths, storage, workdir
 from kdgqa_jax.errors import UserError, one_line
 
 Record = dict[str, Any]
@@ -96,13 +96,13 @@ def read_metrics(folder: str | os.PathLike) -> list[Record]:
 
     Raises UserError: the file cannot be read, or another line is damaged.
     """
-    path = pathlib.Path(folder) / "metrics.jsonl"
+    path = paths.place(folder) / "metrics.jsonl"
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    except paths.failures(path) as error:
+        raise UserError(f"{path} cannot be read ({paths.reason(error)})") from None
     records = []
     for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n"):
@@ -119,12 +119,14 @@ def read_metrics(folder: str | os.PathLike) -> list[Record]:
 
 
 @contextlib.contextmanager
-def _told_in_a_sentence(path: pathlib.Path) -> Iterator[None]:
+def _failure_in_a_sentence(path: paths.Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except UserError:
+        raise
+    except paths.failures(path) as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror or error}); mend that, and the same command"
+            f"{path} cannot be written ({paths.reason(error)}); mend that, and the same command"
             " resumes from the last checkpoint"
         ) from None
 
@@ -150,11 +152,11 @@ class _Files:
 
     def write(self, record: Record) -> None:
         record = valid_json(record)
-        with _told_in_a_sentence(self._jsonl), self._jsonl.open("a") as file:
+        with _failure_in_a_sentence(self._jsonl), self._jsonl.open("a") as file:
             file.write(_line(record))
         scalars = _scalars(record)
         if scalars.keys() <= set(self._columns):
-            with _told_in_a_sentence(self._csv), self._csv.open("a", newline="") as file:
+            with _failure_in_a_sentence(self._csv), self._csv.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerow(scalars)
         else:  # a new column
             self._write_csv(read_metrics(self._folder))
@@ -182,6 +184,7 @@ def check_packages(tensorboard: bool = False, wandb: str = "") -> None:
         _optional(*_WANDB)
 
 
+_RUN_ID = "wandb_run_id"
 _TENSORBOARD = ("tensorboardX.event_file_writer", "TensorBoard")
 _WANDB = ("wandb", "Weights & Biases")
 
@@ -203,7 +206,7 @@ class _TensorBoard:
         self._proto = importlib.import_module("tensorboardX.proto.event_pb2")
         self._summary = importlib.import_module("tensorboardX.proto.summary_pb2").Summary
         self._place = folder / "tensorboard"
-        with _told_in_a_sentence(self._place):
+        with _failure_in_a_sentence(self._place):
             self._place.mkdir(parents=True, exist_ok=True)
             self._file = writer.EventsWriter(
                 os.fspath(self._place / "events"), filename_suffix=f".{uuid.uuid4().hex[:8]}"
@@ -212,7 +215,7 @@ class _TensorBoard:
         self._append(step=step + 1, session_log=start)  # of this step and later all is purged
 
     def _append(self, **fields: Any) -> None:
-        with _told_in_a_sentence(self._place):
+        with _failure_in_a_sentence(self._place):
             self._file.write_event(self._proto.Event(wall_time=time.time(), **fields))
             self._file.flush()
 
@@ -223,7 +226,7 @@ class _TensorBoard:
         self._append(step=record["step"], summary=self._summary(value=values))
 
     def close(self) -> None:
-        with _told_in_a_sentence(self._place):
+        with _failure_in_a_sentence(self._place):
             self._file.close()
 
 
@@ -233,13 +236,17 @@ class _TensorBoard:
 class _WeightsAndBiases:
     """A run of a project; restarts resume the same one, whose id is in `folder`/wandb_run_id.
 
+    `name` is what people see.
+
     Every curve is drawn over "step". Records after the last checkpoint come twice, with the same
     values. The environment variables of wandb hold: WANDB_MODE=offline needs no network.
     """
 
-    def __init__(self, folder: pathlib.Path, project: str, config: dict[str, Any] | None):
+    def __init__(
+        self, folder: pathlib.Path, name: str, project: str, config: dict[str, Any] | None
+    ):
         wandb = _optional(*_WANDB)
-        id_file = folder / "wandb_run_id"
+        id_file = folder / _RUN_ID
         if not id_file.exists():
             with workdir.written_file(id_file) as temporary:
                 temporary.write_text(uuid.uuid4().hex[:12])
@@ -248,7 +255,7 @@ class _WeightsAndBiases:
                 project=project,
                 id=id_file.read_text(),
                 resume="allow",
-                name=folder.name,
+                name=name,
                 dir=os.fspath(folder),
                 config=config,
             )
@@ -270,6 +277,9 @@ class _WeightsAndBiases:
 # --- The writer ---------------------------------------------------------------------------------
 
 
+UPLOAD_EVERY = 30.0  # seconds
+
+
 class MetricsWriter:
     """Writes the records of a run, to metrics.jsonl and metrics.csv at least.
 
@@ -277,6 +287,9 @@ class MetricsWriter:
     are replaced whole, and what a kill has cut short goes too. To records with an "allocation"
     (L, K) it adds by layer `idle_kv_heads` and `allocation_changes` since the record before of the
     same split (none before: 0). JSON has null, and CSV nothing, for NaN and infinities.
+
+    What belongs on object storage is written in a local folder, which `flush` uploads; records do
+    so by themselves every `UPLOAD_EVERY` seconds.
 
     Args:
       folder: the workdir of the run.
@@ -302,9 +315,16 @@ class MetricsWriter:
     ):
         self._sinks: list[Any] = []
         self._allocation: dict[str, Any] = {}  # the last one of every split
+        self._mirror: storage.Mirror | None = None
+        self._flushed = time.monotonic()
         if not enabled:
             return
-        folder = pathlib.Path(folder)
+        place = paths.place(folder)
+        folder, name = place, place.name
+        if paths.is_remote(place):
+            with _failure_in_a_sentence(place):
+                self._mirror = storage.Mirror(place, ("metrics.jsonl", _RUN_ID))
+            folder = self._mirror.local
         kept = [record for record in read_metrics(folder) if record["step"] <= step]
         for record in kept:
             if "allocation" in record:
@@ -313,7 +333,7 @@ class MetricsWriter:
             if tensorboard:
                 self._sinks.append(_TensorBoard(folder, step))
             if wandb:
-                self._sinks.append(_WeightsAndBiases(folder, wandb, config))
+                self._sinks.append(_WeightsAndBiases(folder, name, wandb, config))
             self._sinks.append(_Files(folder, kept))
         except UserError:
             self.close()
@@ -337,10 +357,28 @@ class MetricsWriter:
             self._allocation[split] = now
         for sink in self._sinks:
             sink.write(record)
+        if time.monotonic() - self._flushed > UPLOAD_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Until all records are where they belong; to be called before a checkpoint is saved."""
+        self._flushed = time.monotonic()
+        if self._mirror:
+            with _failure_in_a_sentence(self._mirror.place):
+                workdir.check_held(self._mirror.place)
+                self._mirror.push()
 
     def close(self) -> None:
         """End what is open; a second call does nothing."""
         sinks, self._sinks = self._sinks, []
         with contextlib.ExitStack() as stack:  # all of them, even if one fails
+            if self._mirror:
+                stack.callback(self._forget)
+                stack.callback(self.flush)
             for sink in sinks:
                 stack.callback(sink.close)
+
+    def _forget(self) -> None:
+        mirror, self._mirror = self._mirror, None
+        if mirror:
+            mirror.close()

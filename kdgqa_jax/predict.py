@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdgqa_jax import checkpoint, layers, paths, vit, workdir
+from kdgqa_jax import checkpoint, layers, paths, storage, vit, workdir
 from kdgqa_jax.data import images as image_files
 from kdgqa_jax.errors import UserError, one_line, unknown
 
@@ -208,7 +208,8 @@ def read_batches(
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} must be at least 1")
-    first = pathlib.Path(places[0])
+    places = [storage.fetched(place, "images") for place in places]
+    first = places[0]
     if first.suffix.lower() == ".npy":
         if len(places) > 1:
             raise UserError("give one .npy file, or image files and folders")
@@ -277,7 +278,7 @@ def write(
     Raises UserError: another kind of file, or it cannot be written.
     """
     check_output(path)
-    path = pathlib.Path(path)
+    path = paths.place(path)
     with workdir.written_file(path) as temporary:
         if path.suffix == ".npy":
             with temporary.open("wb") as file:
@@ -289,7 +290,7 @@ def write(
 
 def check_output(path: str | os.PathLike | None, features: str | None = None) -> None:
     """Raise UserError for a kind of file that cannot hold what is asked for; None: no file."""
-    suffix = paths.local(path).suffix if path else None
+    suffix = paths.place(path).suffix if path else None
     if features and suffix != ".npy":
         raise UserError("features are arrays of numbers: --features needs --out FILE.npy")
     if path and suffix not in (".npy", *_WRITERS):

@@ -24,7 +24,9 @@ def joined() -> bool:
     return jax.distributed.is_initialized()
 
 
-def join_processes(coordinator: str | None, count: int | None, index: int | None) -> int:
+def join_processes(
+    coordinator: str | None, count: int | None, index: int | None, seconds: int = 300
+) -> int:
     """Become one process of a job, and return which; to be called before JAX is used otherwise.
 
     On TPU pods and under SLURM all three are None: JAX finds them out.
@@ -33,6 +35,7 @@ def join_processes(coordinator: str | None, count: int | None, index: int | None
       coordinator: HOST:PORT of process 0.
       count: of processes.
       index: of this one.
+      seconds: to wait for the others.
 
     Raises UserError: the others cannot be found.
     """
@@ -43,25 +46,37 @@ def join_processes(coordinator: str | None, count: int | None, index: int | None
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Otherwise the runtime aborts this process when another one ends; `_watch` says why it ends.
     jax.config.update("jax_enable_recoverability", True)
+    lonely = (
+        f"start all of them within {seconds} seconds (--join-timeout), with the same --coordinator"
+        " HOST:PORT and --num-processes"
+    )
+    _abort_says(f"the processes of --multihost did not find each other; {lonely}")
     try:
         jax.distributed.initialize(
-            coordinator, count, index, initialization_timeout=60, heartbeat_timeout_seconds=20
+            coordinator, count, index, initialization_timeout=seconds, heartbeat_timeout_seconds=20
         )
     except Exception as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise UserError(
-            f"the processes of --multihost did not find each other ({reason[0][:200]}); start all"
-            " of them within a minute, with the same --coordinator HOST:PORT and --num-processes"
+            f"the processes of --multihost did not find each other ({reason[0][:200]}); {lonely}"
         ) from None
+    _abort_says(f"the runtime gave up, most likely because process 0 of this run has ended; {GONE}")
     threading.Thread(target=_watch, daemon=True).start()
-    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     return jax.process_index()
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _aborted(number: int) -> None:
-    """Where process 0 is gone, the runtime aborts this one at once, past all handlers of Python."""
-    leave(f"the runtime gave up, most likely because process 0 of this run has ended; {GONE}")
+_HANDLERS: list[Any] = []  # kept: C code holds no references
+
+
+def _abort_says(text: str) -> None:
+    """Where process 0 is gone the runtime aborts this one, past all handlers of Python: say why."""
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def aborted(number: int) -> None:
+        leave(text)
+
+    _HANDLERS.append(aborted)
+    ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
 
 
 def _watch() -> None:
@@ -80,7 +95,7 @@ def _watch() -> None:
             return
         if gone:
             time.sleep(LOOK_EVERY)  # most often the failed step has reported it by then
-            leave(f"process {', '.join(gone)} of this run has ended; {GONE}")
+            leave(f"process {', '.join(gone)} of this run has ended or stalled; {GONE}")
 
 
 def part(status: int = 0) -> None:

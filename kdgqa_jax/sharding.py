@@ -155,7 +155,11 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh, parts: int = 1) -> 
     if batch_size < 1 or batch_size % (count * parts):
         of = f"{parts} x {count}" if parts > 1 else f"{count}"
         what = "accumulate x devices" if parts > 1 else "devices"
-        raise UserError(f"{name}={batch_size} must be a positive multiple of {of} ({what})")
+        next_one = max(-(-batch_size // (count * parts)), 1) * count * parts
+        raise UserError(
+            f"{name}={batch_size} must be a positive multiple of {of} ({what});"
+            f" {name}={next_one} is one"
+        )
 
 
 def next_batch_size(batch_size: int, mesh: Mesh) -> int:

@@ -15,28 +15,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from kdgqa_jax.chips import CHIPS, GIB, TPUS
 from kdgqa_jax.console import say, table
 from kdgqa_jax.errors import UserError, one_line
 
-GIB, MIB = 2**30, 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A kind of TPU by its data sheet: bytes of memory, dense bfloat16 FLOP/s, and clock in Hz."""
-
-    memory: int
-    flops: float
-    clock: float
-
-
-CHIPS: dict[str, Chip] = {
-    "v4": Chip(32 * GIB, 275e12, 1.05e9),
-    "v5e": Chip(16 * GIB, 197e12, 1.5e9),
-    "v5p": Chip(95 * GIB, 459e12, 1.75e9),
-    "v6e": Chip(32 * GIB, 918e12, 1.75e9),
-}
-"""By the first part of a topology, such as v5e:16x16."""
+MIB = 2**20
 
 
 def compile_for_slice(
@@ -70,9 +53,9 @@ def compile_for_slice(
       UserError: an unknown chip, no libtpu, or a config that cannot be compiled.
     """
     chip = topology.partition(":")[0]
-    if chip not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
+    if chip not in TPUS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
         raise UserError(
-            f"--topology {topology}: expected a chip ({', '.join(CHIPS)}) and a shape, such as"
+            f"--topology {topology}: expected a chip ({', '.join(TPUS)}) and a shape, such as"
             " v5e:16x16"
         )
     rows = []
@@ -152,7 +135,7 @@ def _print(rows: list[dict[str, Any]], topology: str) -> None:
             continue
         limit = CHIPS[topology.partition(":")[0]].memory
         memory = f"{row['memory_bytes'] / GIB:.2f} of {limit / GIB:.0f} GiB"
-        exchanged = [f"{n} {k}, {b / MIB:.0f} MiB" for k, (n, b) in row["collectives"].items()]
+        exchanged = [_exchanged(row, kind) for kind in row["collectives"]]
         lines.append(
             [
                 row["name"],
@@ -165,6 +148,14 @@ def _print(rows: list[dict[str, Any]], topology: str) -> None:
             ]
         )
     table(header, lines, f"by the compiler's estimates, {rows[0]['chips']} chips of {topology}")
+
+
+def _exchanged(row: dict[str, Any], kind: str) -> str:
+    """Collectives of a kind: how many, how much, and of what parts of the step the most."""
+    count, size = row["collectives"][kind]
+    carried = sorted(row.get("carried", {}).get(kind, {}).items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{part} {amount / MIB:.0f}" for part, amount in carried[:3])
+    return f"{count} {kind}, {size / MIB:.0f} MiB{f' ({parts})' if parts else ''}"
 
 
 def _kernels(row: dict[str, Any]) -> str:

@@ -6,13 +6,12 @@ number of key/value heads or image size converts it, another architecture is ref
 """
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax.numpy as jnp
 import ml_collections
 
-from kdgqa_jax import checkpoint, convert, layers, options, vit
+from kdgqa_jax import checkpoint, convert, layers, options, paths, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.data import pipeline
@@ -176,13 +175,13 @@ def _check_architecture(
 RECORD = "start.json"
 
 
-def write(start: Start, workdir: pathlib.Path) -> None:
+def write(start: Start, workdir: paths.Path) -> None:
     """Keep what a run started from, so that it can resume without the other model."""
     fields = ("model", "preprocessing")
     workdir_lib.write_json(workdir / RECORD, {name: getattr(start, name) for name in fields})
 
 
-def read(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Start | None:
+def read(workdir: paths.Path, config: ml_collections.ConfigDict) -> Start | None:
     """What a run has started from, to be run as `config` has it now; None: from nothing."""
     path = workdir / RECORD
     if not path.exists():

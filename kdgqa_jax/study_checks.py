@@ -184,7 +184,14 @@ def _check_section(
     model = stages_lib.model_options(config, base)
     if section == "finetune":
         defaults = config_lib.train_config().model
-        model["num_classes"] = len(datasets.of(config.data).class_names)
+        dataset = datasets.of(config.data)
+        model["num_classes"] = len(dataset.class_names)
+        there, here = (d.image_shape[-1] for d in (datasets.of(settings.uptrain.data), dataset))
+        if there not in (here, 3):
+            raise UserError(
+                f"{dataset.name} has images with {here} channels, those of uptraining have {there};"
+                f" a patch embedding for {there} cannot be fitted to {here}, only one for 3 can"
+            )
         if config.model.image_size != defaults.image_size:
             model["image_size"] = config.model.image_size
     model = vit.create(**model)

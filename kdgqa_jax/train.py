@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import pathlib
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +12,18 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from kdgqa_jax import checkpoint, memory, optim, options, processes, sharding, starting, vit
+from kdgqa_jax import (
+    checkpoint,
+    fitting,
+    memory,
+    optim,
+    options,
+    paths,
+    processes,
+    sharding,
+    starting,
+    vit,
+)
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.console import ProgressBar, say
@@ -77,9 +87,13 @@ def check(config: Config) -> jax.sharding.Mesh:
     for name, known in (("on_nonfinite", ON_NONFINITE), ("keep_best", BEST)):
         if config[name] not in known:
             raise unknown(name, config[name], [str(k) for k in known if k])
-    for name, value in (("data.workers", config.data.workers), ("microbatch", config.microbatch)):
-        if value < 0:
-            raise UserError(f"config field {name}={value} must be 0 or more")
+    if config.data.workers < 0:
+        raise UserError(f"config field data.workers={config.data.workers} must be 0 or more")
+    if config.microbatch < fitting.AUTO:
+        raise UserError(
+            f"config field microbatch={config.microbatch} must be 0 or more, or {fitting.AUTO} for"
+            " what fits the device"
+        )
     optim.make_schedule(config.optim, 1)
     check_packages(**config.logs)
     return mesh
@@ -142,7 +156,7 @@ def _train_and_evaluate(
     num_steps = count_steps(config, len(dataset.train))
     eval_every = max(round(config.eval_every_epochs * steps_per_epoch), 1)
     channels, num_classes = dataset.image_shape[-1], len(dataset.class_names)
-    start = _start(config, pathlib.Path(workdir), num_classes, channels)
+    start = _start(config, paths.place(workdir, "workdir"), num_classes, channels)
     model = start.build()
     data.update(start.preprocessing)
     dataset = pipeline.prepare(dataset, model.image_shape, data)
@@ -168,7 +182,7 @@ def _train_and_evaluate(
     # --- Workdir --------------------------------------------------------------------------------
     first_process = jax.process_index() == 0
     hold = workdir_lib.held(workdir, asked, MAY_CHANGE, config_lib.train_config().to_dict())
-    workdir = pathlib.Path(processes.on_first_process(lambda: os.fspath(held.enter_context(hold))))
+    workdir = paths.place(processes.on_first_process(lambda: os.fspath(held.enter_context(hold))))
     identity.check(workdir, {"data": data_now})
     for name in ("model", "best"):
         checkpoint.check_replaceable(workdir / name)
@@ -300,6 +314,7 @@ def _train_and_evaluate(
                     if evaluates:
                         evaluate_now(step)
                     if saves:
+                        writer.flush()
                         checkpoints.save(step, state, position())
                         memory.give_back()
                     interval_started += time.monotonic() - paused
@@ -317,6 +332,7 @@ def _train_and_evaluate(
             "skipped_updates": int(state.skipped),
             "train_step_compilations": train_step._cache_size(),
         }
+        writer.flush()
         checkpoints.save(num_steps, state, position())
     processes.on_first_process(lambda: workdir_lib.write_json(workdir / "result.json", result))
     return result
@@ -333,9 +349,7 @@ def _is_best(result: dict[str, Any], tests: Iterable[dict[str, Any]], measure: s
     return bool(known) and result[measure] == BEST[measure](known)
 
 
-def _start(
-    config: Config, workdir: pathlib.Path, num_classes: int, channels: int
-) -> starting.Start:
+def _start(config: Config, workdir: paths.Path, num_classes: int, channels: int) -> starting.Start:
     """What the run starts, or has started, from."""
     if checkpoint.any_saved(workdir / "checkpoints"):
         return starting.read(workdir, config) or starting.start(config, num_classes, channels)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from kdgqa_jax import layers, optim, sharding, vit
+from kdgqa_jax import fitting, layers, optim, sharding, vit
 from kdgqa_jax.data import augment
 from kdgqa_jax.evaluate import correct_in_top
 
@@ -96,7 +96,8 @@ def make_train_step(
       mesh: the devices.
     """
     optimizer = optim.make_optimizer(config.optim, num_steps)
-    parts = sharding.microbatches(config.batch_size, mesh, config.accumulate, config.microbatch)
+    largest = fitting.microbatch(model, config, mesh)
+    parts = sharding.microbatches(config.batch_size, mesh, config.accumulate, largest)
     if parts > 1:
         gradients = functools.partial(_accumulated, model, parts)
     else:

@@ -63,6 +63,8 @@ WORKS: dict[str, tuple[str, ...]] = {
     "inspect": ("--checkpoint=IN/model",),
     "export": ("--checkpoint=IN/model", "--out=OUT/model.npz", "--platforms=cpu"),
     "card": ("--checkpoint=IN/model", "--out=OUT/card.md"),
+    "analyse": ("--checkpoint=IN/model", "--images=IN/tree", "--out=OUT", "--noise-scales=1"),
+    "report": ("--workdir=IN/run",),
     "compile": ("--config=testing", "--topology=v5e:2x2", "--python=IN/compiler"),
     "bench train": BENCH_STEPS,
     "bench eval": BENCH_STEPS,
@@ -85,6 +87,8 @@ FITTING: dict[str, tuple[str, ...]] = {
     "pooling": ("first", "svd", "procrustes"),
     "shift": ("negative", "quarter_turn"),
     "json": ("OUT/a.json", "OUT/a.csv"),
+    "noise_scales": ("0,1", "2"),
+    "baselines": ("gqa", "gqa,mha"),
     "peer": ("torch",),
     "topology": ("v5e:4x4", "v6e:2x2", "v4:2x2x1"),
     "per_chip_batch": ("auto", "64"),
@@ -140,6 +144,8 @@ def make_inputs(folder: pathlib.Path) -> None:
     (folder / "compiler").write_text(COMPILER)
     (folder / "compiler").chmod(0o755)
     (folder / "empty").mkdir()
+    (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text(json.dumps(config.train_config().to_dict()))
     (folder / "text.txt").write_text("hello")
     for name, text in CONFIGS.items():
         (folder / f"{name}.py").write_text(text)

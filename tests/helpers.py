@@ -426,3 +426,8 @@ def golden_weights(golden) -> dict[str, np.ndarray]:
     """The state dict of a golden run, by PyTorch names."""
     prefix = "weights/"
     return {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
+
+
+def abstract(tree):
+    """Shapes, dtypes and shardings of a tree of arrays on a device."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

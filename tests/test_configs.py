@@ -1,5 +1,6 @@
 """The configs of the paper's jobs: complete, checked, and their full-size training steps traced."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -13,12 +14,14 @@ from kdgqa_jax import (
     checkpoint,
     cli,
     config,
+    fitting,
     grid,
     layers,
     sharding,
     starting,
     study_checks,
     train,
+    train_step,
     vit,
 )
 from kdgqa_jax.data import augment, sources
@@ -55,6 +58,7 @@ def count(tree):
 STUDIES = (
     *("demo", "demo:dataset=fashion_mnist", "pooling:kv=2", "fashion_mnist"),
     *("dinov2", "dinov2:data=fashion_mnist", "dinov2:part=finetune"),
+    "dinov2:part=finetune,target=fashion_mnist",
     *(f"sweep:of={name}" for name in sweep.SWEEPS),
 )
 
@@ -107,7 +111,7 @@ def test_studies_of_a_given_model_can_be_run(empty, tmp_path, part):
     checkpoint.save_model(tmp_path / "model", variables, about)
     settings = config.load_config(f"dinov2:part={part},init={tmp_path / 'model'}")
     described = study_checks.check(settings, grid.cells(settings), study_checks.Datasets())
-    names = {"probe": set(), "finetune": {"elpv", "tuxpaint_stamps"}}[part]
+    names = {"probe": set(), "finetune": {"tuxpaint_stamps"}}[part]
     assert {d.name for n, d in described.items() if n.startswith("finetune")} == names
     with pytest.raises(UserError, match=r"pretrain: .*nowhere"):
         settings.pretrain.init = str(tmp_path / "nowhere")
@@ -218,25 +222,71 @@ def test_modern_recipe_scales_the_published_learning_rate(name):
     assert settings.optim.learning_rate == pytest.approx(1e-5 * settings.batch_size / 32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What is known of a device that is not there."""
+
+    device_kind: str
+
+    def memory_stats(self):
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class DescribedMesh:
+    """What the number of parts depends on."""
+
+    kind: str
+    sizes: tuple[int, int, int]
+
+    @property
+    def shape(self):
+        return dict(zip(sharding.AXES, self.sizes, strict=True))
+
+    @property
+    def devices(self):
+        return np.array([Described(self.kind)])
+
+
 @pytest.mark.parametrize(
-    ("name", "devices", "parts"),
+    ("name", "kind", "mesh", "parts"),
     [
-        ("uptrain:model=S/16", 1, 1),
-        ("uptrain:model=B/16", 1, 2),
-        ("uptrain:model=L/16", 1, 4),
-        ("uptrain:model=L/16", 2, 2),
-        ("uptrain:model=L/16", 4, 1),
-        ("uptrain:model=L/16", 256, 1),
-        ("uptrain:model=L/16", 512, 1),
-        ("uptrain:model=L/16", 1024, 1),
-        ("finetune:model=L/16", 1, 1),
+        ("uptrain:model=S/16", "cpu", (1, 1, 1), 1),  # says nothing of its memory
+        ("uptrain:model=S/16", "NVIDIA H100 80GB HBM3", (1, 1, 1), 1),
+        ("uptrain:model=L/16", "NVIDIA H100 80GB HBM3", (1, 1, 1), 4),
+        ("uptrain:model=L/16", "NVIDIA H200", (1, 1, 1), 2),
+        ("uptrain:model=B/16", "TPU v5 lite", (1, 1, 1), 8),
+        ("uptrain:model=B/16", "TPU v5 lite", (16, 1, 1), 1),
+        ("uptrain:model=L/16", "TPU v5 lite", (4, 1, 1), 8),
+        ("uptrain:model=L/16", "TPU v5 lite", (1, 4, 1), 4),  # more is left beside the state
+        ("pretrain:model=L/16", "TPU v6 lite", (4, 1, 1), 2),
+        ("uptrain:model=L/16", "TPU v5 lite", (512, 1, 1), 1),
+        ("uptrain:model=L/16,batch=16384", "TPU v5 lite", (512, 1, 1), 1),
+        ("finetune:model=L/16,batch=512", "TPU v5 lite", (512, 1, 1), 1),
     ],
 )
-def test_parts_of_a_batch_follow_from_the_model_and_the_devices(name, devices, parts):
+def test_parts_of_a_batch_follow_from_what_fits_a_device(name, kind, mesh, parts):
     settings = load(f"{name},recipe=modern")
-    mesh = jax.sharding.AbstractMesh((devices, 1, 1), sharding.AXES)
-    given = (settings.batch_size, mesh, settings.accumulate, settings.microbatch)
+    model, mesh = starting.build_model(settings, 1000), DescribedMesh(kind, mesh)
+    largest = fitting.microbatch(model, train_step.step_config(settings), mesh)
+    given = (settings.batch_size, mesh, settings.accumulate, largest)
     assert sharding.microbatches(*given) == parts
+    sharding.check_batch_size("eval_batch_size", settings.eval_batch_size, mesh)
+
+
+def test_the_learning_rate_follows_the_batch_and_warm_up_stays_in_epochs():
+    own, larger = (load(f"uptrain:recipe=modern,batch={n}") for n in (0, 4096))
+    assert larger.batch_size == 4 * own.batch_size == 4096
+    assert larger.optim.learning_rate == pytest.approx(4 * own.optim.learning_rate)
+    assert larger.optim.warmup_steps == round(own.optim.warmup_steps / 4)
+    assert load("uptrain:batch=8").optim.learning_rate == pytest.approx(1e-5 / 4)
+
+
+def test_a_recipe_that_cannot_be_split_says_what_can():
+    mesh = DescribedMesh("TPU v5 lite", (512, 1, 1))
+    settings = load("finetune:model=L/16,recipe=modern")
+    with pytest.raises(UserError, match=r"batch_size=256 must .* 512 .*; batch_size=512 is one"):
+        sharding.check_batch_size("batch_size", settings.batch_size, mesh)
 
 
 def test_parts_are_the_fewest_that_fit():
@@ -272,6 +322,7 @@ def test_data_sets_are_those_that_can_be_read():
         ("uptrain:attention=dgqa_em", "unknown attention variant 'dgqa_em': did you mean 'dgqa_e"),
         ("testing:attention=kgqa", "unknown attention variant 'kgqa': did you mean 'kdgqa'?"),
         ("uptrain:attention=gqa,kv=4", "num_kv_heads=4 does not divide the 6 query heads"),
+        ("uptrain:batch=-1", "config argument batch=-1 must be positive"),
         ("uptrain:kv=many", "config argument 'kv=many' must be a int"),
         ("uptrain:atention=gqa", "unknown config argument 'atention': did you mean 'attention'?"),
         ("_recipes", "unknown config '_recipes'"),

@@ -1,6 +1,8 @@
-"""Paths with a scheme, and empty ones, are refused wherever a path can be given."""
+"""Paths with an unknown scheme, and empty ones, are refused wherever a path can be given."""
 
 import pathlib
+import re
+import sys
 import types
 
 import numpy as np
@@ -12,7 +14,8 @@ from kdgqa_jax import config as config_lib
 from kdgqa_jax.data import sources
 from kdgqa_jax.errors import UserError
 
-ELSEWHERE = ("gs://bucket/x", "s3://bucket/x", "hdfs://host/x", "file:///x", "abfs+ssl://x/y")
+OBJECTS = ("gs://bucket/x", "s3://bucket/x")
+ELSEWHERE = ("hdfs://host/x", "file:///x", "abfs+ssl://x/y", "gs:/bucket/x", "gs:///x")
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +27,36 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", [*ELSEWHERE, "", pathlib.Path("gs://bucket/x"), "a\0b"])
-def test_what_is_no_local_path(path):
+def test_what_is_no_path(path):
     with pytest.raises(UserError, match=r"names no file|is not on the local file system"):
         paths.local(path)
+    with pytest.raises(UserError, match=r"names no file|is neither on the local file system nor"):
+        paths.place(path)
+
+
+@pytest.mark.parametrize("path", OBJECTS)
+def test_object_storage(path):
+    """It is no local path; without its package, a sentence says which one is needed."""
+    with pytest.raises(UserError, match="is not on the local file system"):
+        paths.local(path)
+    package = paths.STORES[path[:2]].package
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, package, None)
+        with pytest.raises(UserError, match=f"'{path}' needs the package {package}: pip install"):
+            paths.place(path)
+    pytest.importorskip(package)
+    for text in (path, f"{path}/"):
+        assert str(paths.place(text) / "y") == f"{path}/y" and paths.is_remote(paths.place(text))
+        assert str(paths.absolute(text)) == path and paths.place(text).name == "x"
 
 
 @pytest.mark.parametrize("path", ["a:b/c", "./gs:/x", "/a:/b", "C:/x", "a b", "tfds:x", "."])
 def test_local_paths_with_colons(path):
-    assert paths.local(path) == pathlib.Path(path)
+    assert paths.local(path) == pathlib.Path(path) == paths.place(path)
+    assert not paths.is_remote(path)
 
 
+REFUSED = r"'hdfs://host/x{}' is (not on|neither on) the local file system"
 COMMANDS = {
     "--workdir": ["demo", "--workdir", "{}"],
     "--workdir of train": ["train", "--config", "testing", "--workdir", "{}"],
@@ -60,9 +83,9 @@ WITH_SCHEME_ONLY = {
 
 @pytest.mark.parametrize("arguments", [*COMMANDS.values(), *WITH_SCHEME_ONLY.values()])
 def test_commands_refuse_other_storage(capsys, arguments):
-    assert cli.main([a.format("gs://bucket/x") for a in arguments]) in (1, 2)
+    assert cli.main([a.format("hdfs://host/x") for a in arguments]) in (1, 2)
     error = capsys.readouterr().err
-    assert "'gs://bucket/x' is not on the local file system" in error and error.count("\n") == 1
+    assert re.search(REFUSED.format(""), error) and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
@@ -97,5 +120,5 @@ def test_functions_refuse_other_storage(call, monkeypatch):
         model = types.SimpleNamespace(image_shape=(8, 8))
         about = {"channels": 3, "class_names": [], "preprocessing": {}}
         monkeypatch.setattr(checkpoint, "load_model", lambda path: (model, {}, about))
-    with pytest.raises(UserError, match=r"'gs://bucket/x.*' is not on the local file system"):
-        call("gs://bucket/x")
+    with pytest.raises(UserError, match=REFUSED.format(".*")):
+        call("hdfs://host/x")

@@ -83,7 +83,7 @@ def study_records(config_json):
 def workdir(tmp_path_factory):
     """A study: three seeds of two entries, one of which has failed with one seed."""
     place = tmp_path_factory.mktemp("study")
-    settings = config.load_config("demo:dataset=digits")
+    settings = config.study_config()
     settings.variants = ("gqa", "kdgqa")
     settings = json.loads(json.dumps(settings.to_dict()))
     (place / "config.json").write_text(json.dumps(settings))
@@ -183,7 +183,7 @@ def test_the_page_of_a_run(tmp_path):
 def test_nothing_to_report_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="holds neither a study nor a training run"):
         report.build(tmp_path)
-    settings = config.load_config("demo:dataset=digits").to_dict()
+    settings = config.study_config().to_dict()
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"has not ended .* the command that began it resumes"):
         report.build(tmp_path)
@@ -192,6 +192,13 @@ def test_nothing_to_report_is_one_sentence(tmp_path):
     failed = [{"entry": "gqa", "stage": "converted", "seed": 1, "failed": "no memory"}]
     (tmp_path / "report" / "results.json").write_text(json.dumps(failed))
     with pytest.raises(UserError, match="every cell has failed"):
+        report.build(tmp_path)
+    for damaged in ({}, [1], [{"stage": "converted"}]):
+        (tmp_path / "report" / "results.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="does not hold the records of a study"):
+            report.build(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="config of neither a study nor a run"):
         report.build(tmp_path)
 
 

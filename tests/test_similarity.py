@@ -116,6 +116,15 @@ def test_many_images_are_as_one_batch():
     assert found.noise_scales == (0.0, 1.0) and found.allocations.shape == (3, 2, 3)
 
 
+def test_what_was_logged_comes_as_arrays():
+    train = [{"step": i, "split": "train", "key_norm": [[1.0, None]]} for i in (5, 10)]
+    records = [*train, {"step": 10, "split": "test", "key_norm": [[7.0, 7.0]]}, {"step": 11}]
+    steps, norms = analysis.over_training(records, "key_norm")
+    assert steps.tolist() == [5, 10] and norms.shape == (2, 1, 2)
+    assert norms[0, 0, 0] == 1.0 and np.isnan(norms[0, 0, 1])
+    assert [len(x) for x in analysis.over_training(records, "allocation")] == [0, 0]
+
+
 def test_bad_calls_are_one_sentence():
     model = helpers.tiny_vit("gqa")
     with pytest.raises(UserError, match="no images to analyse"):

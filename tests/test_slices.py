@@ -18,6 +18,7 @@ answer = {{"per_chip_batch": count, "chips": 4, "fits": memory <= 16 * 2**30}}
 if answer["fits"]:
     answer |= {{"memory_bytes": memory, "seconds": 0.01, "utilisation": 0.25, "asked": request}}
     answer |= {{"compile_seconds": 3.0, "collectives": {{"all-reduce": [2, 2**20]}}}}
+    answer["carried"] = {{"all-reduce": {{"norms, forward": 0, "mlp, backward": 2**20}}}}
     answer["kernels"] = {{"attention, forward": 12, "attention, backward": 24}}
 else:
     answer["why"] = "too much"
@@ -53,6 +54,17 @@ def test_rows_are_compared_and_written(compiler, tmp_path, capsys):
     assert rows[0]["asked"]["step"] == "train" and rows[0]["asked"]["topology"] == "v5e:2x2"
     shown = capsys.readouterr().out
     assert "10.0 ms and 36 kernels" in shown and "25%" in shown and "2 all-reduce, 1 MiB" in shown
+    assert "(mlp, backward 1, norms, forward 0)" in " ".join(shown.split())
+
+
+def test_axes_of_a_mesh_are_fields_of_the_config(compiler, tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    arguments = ["compile", "--config", "testing", "--topology", "v5e:2x2", "--json", str(file)]
+    assert cli.main([*arguments, "--mesh", "fsdp=4", "--python", compiler()]) == 0
+    (row,) = json.loads(file.read_text())["results"]
+    assert row["asked"]["overrides"] == ["--config.mesh.fsdp=4"]
+    assert cli.main([*arguments, "--mesh", "data=4"]) == 2
+    assert "'data=4' must be sizes of axes, such as fsdp=4,model=2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("per_image", [2**24, 10**8, 2**26, 2**30])

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from source_helpers import folder_tree
 
 from kdgqa_jax import config, study
 from kdgqa_jax.errors import UserError
@@ -229,5 +230,14 @@ def test_rules_of_conversion_and_lengths_of_uptraining(tmp_path):
 )
 def test_bad_studies_are_refused_before_they_begin(tmp_path, changes, says):
     with pytest.raises(UserError, match=says):
+        study.run_study(tiny_study(**changes), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_target_with_other_colours_is_refused_where_no_model_can_be_fitted(tmp_path):
+    """From grey images to RGB; the other way a patch embedding is summed."""
+    folder_tree(tmp_path / "tree")
+    changes = {"finetune.data.name": f"folder:{tmp_path / 'tree'}"}
+    with pytest.raises(UserError, match=r"finetune: .*for 1 cannot be fitted to 3, only one"):
         study.run_study(tiny_study(**changes), tmp_path / "study")
     assert not (tmp_path / "study").exists()

@@ -58,15 +58,31 @@ def test_fashion_mnist(tmp_path):
     assert records[-1]["config"]["data"]["shift"] == "negative_quarter_turn"
 
 
-def test_dinov2(tmp_path):
+@pytest.fixture(scope="module")
+def six_heads(tmp_path_factory):
     arguments = {"name": "mu/14", "num_heads": 6, "width": 12, "depth": 1, "num_classes": 0}
-    given = given_model(tmp_path / "model", **arguments, image_size=28)
-    settings = last_cell(config.load_config(f"dinov2:data=digits,init={given}"))
+    return given_model(tmp_path_factory.mktemp("six") / "model", **arguments, image_size=28)
+
+
+def test_probes_of_dinov2(tmp_path, six_heads):
+    settings = last_cell(config.load_config(f"dinov2:data=digits,init={six_heads}"))
     settings.calibration_images = 16
-    records = study.run_study(settings, tmp_path / "study")
+    records = study.run_study(settings, tmp_path)
     entry = "kdgqa (svd+refit), K=2"
     probed = ["converted", "knn converted", "linear converted"]
     assert [(r["entry"], r["stage"]) for r in records[1:]] == [(entry, stage) for stage in probed]
     assert records[1]["config"]["model"]["image_size"] == 112
     assert [r["probe"]["training_images"] for r in records[2:]] == [144, 144]
     assert all(r["top1"] > 20 for r in records[2:])  # chance is 10 %
+
+
+def test_fine_tuning_of_dinov2(tmp_path, six_heads):
+    name = f"dinov2:part=finetune,data=digits,target=digits,init={six_heads}"
+    settings = last_cell(config.load_config(name))
+    settings.calibration_images = 16
+    settings.uptrain.epochs = settings.finetune.epochs = 0.1
+    records = study.run_study(settings, tmp_path)
+    assert [(r["stage"], r["steps"]) for r in records] == [
+        ("pretrained", 0), ("converted", 0), ("uptrained", 1), ("finetuned", 1)
+    ]  # fmt: skip
+    assert records[-1]["entry"] == "pgqa (svd+refit), K=2"

@@ -47,8 +47,11 @@ GROUPING = ("allocation", "key_norm", "loss")
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+def write_config(folder):
     """Its data are 320 images in IDX files: for `digits` each process would import scikit-learn."""
-    folder = tmp_path_factory.mktemp("config")
     images, labels = source_helpers.noise(0, 384, 8, 8), source_helpers.noise(1, 384) % 10
     arrays = images[:320], labels[:320], images[320:], labels[320:]
     for file, array in zip(idx.FILES, arrays, strict=True):

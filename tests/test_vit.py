@@ -365,6 +365,9 @@ def test_capturing_shows_every_layer():
                     "allocation": (*lead, *batch, k),
                     "group_index": (*lead, *batch, 6),
                     "maps": (*lead, 4, 6, 5, 5),
+                    "outputs": (*lead, 4, 5, 6, 8),
+                    "values": (*lead, 4, 5, k, 8),
+                    "image_norms": (*lead, 4, k),
                 }
 
 

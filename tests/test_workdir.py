@@ -12,7 +12,7 @@ import sys
 import pytest
 from test_train import tiny_config
 
-from kdgqa_jax import config, report, study, train, workdir
+from kdgqa_jax import config, study, train, workdir
 from kdgqa_jax.errors import UserError
 
 HOLDER = """
@@ -87,8 +87,9 @@ def test_fields_that_did_not_exist_when_a_run_began_had_their_defaults(tmp_path)
 @pytest.fixture
 def no_stages(monkeypatch):
     """A study checks, holds and records, and runs none of its stages."""
-    monkeypatch.setattr(study, "_run_seed", lambda *_: [])
-    monkeypatch.setattr(report, "write", lambda *_: None)
+    monkeypatch.setattr(study.jobs, "run", lambda *_: {})
+    monkeypatch.setattr(study, "_records", lambda *_: [])
+    monkeypatch.setattr(study, "_write", lambda *_: None)
 
 
 def changed(*fields):

@@ -128,12 +128,15 @@ def perturbed(
     return maps, outputs
 
 
-def over_training(records: Sequence[Mapping[str, Any]], field: str) -> tuple[np.ndarray, Any]:
-    """What a run has logged by layer, such as allocations: steps (n,) int and values (n, L, ...).
+def over_training(
+    records: Sequence[Mapping[str, Any]], field: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a run has logged by layer: steps (n,) int and values (n, L, ...) float64.
 
     Args:
       records: of metrics.jsonl; those without the field are left out, as is the test split.
       field: "allocation" or "key_norm" (L, K), "idle_kv_heads" or "allocation_changes" (L,).
     """
     chosen = [r for r in records if field in r and r.get("split", "train") == "train"]
-    return np.array([r["step"] for r in chosen], int), np.array([r[field] for r in chosen])
+    steps = np.array([r["step"] for r in chosen], int)
+    return steps, np.array([r[field] for r in chosen], np.float64)  # None, not finite, is NaN

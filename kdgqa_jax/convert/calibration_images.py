@@ -53,8 +53,7 @@ class CalibrationImages:
         except UserError as error:
             if not pathlib.Path(self.place).is_dir():
                 raise UserError(
-                    f"calibration: {self.place!r} is neither a folder of images nor a data set"
-                    f" ({error})"
+                    f"{self.place!r} is neither a folder of images nor a data set ({error})"
                 ) from None
             files = image_files.find([self.place])
             chosen = (files[i] for i in self._chosen(len(files)))

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kdgqa_jax import paths, workdir
+from kdgqa_jax import storage, workdir
 from kdgqa_jax.convert import shards
 from kdgqa_jax.convert.formats import Arrays, first_line, read_arrays
 from kdgqa_jax.errors import UserError, one_line
@@ -43,7 +43,7 @@ def read(source: str) -> Source:
 
     Raises UserError: nothing there, not readable, damaged, or not only arrays of floats.
     """
-    path = paths.local(source, "source")
+    path = storage.fetched(source, "source")
     try:
         if not path.exists():
             raise UserError(f"source {source} not found")

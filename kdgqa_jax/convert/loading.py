@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kdgqa_jax import checkpoint, layers, paths, vit, workdir
+from kdgqa_jax import checkpoint, layers, storage, vit, workdir
 from kdgqa_jax.attention import VARIANTS, variant_name
 from kdgqa_jax.convert import files
 from kdgqa_jax.convert.adapt import (
@@ -105,7 +105,7 @@ def load(
     if source.startswith("hf:"):
         place = files.download(source.removeprefix("hf:"))
     else:
-        place = os.fspath(paths.local(source, "source"))
+        place = os.fspath(storage.fetched(source, "source"))
     if (pathlib.Path(place) / "model.json").is_file():
         loaded = _load_ours(place)
     else:

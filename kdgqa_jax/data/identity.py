@@ -6,11 +6,10 @@ content, which would have to be read: files that change under their names go unn
 """
 
 import hashlib
-import pathlib
 from collections.abc import Collection
 from typing import Any
 
-from kdgqa_jax import processes, workdir
+from kdgqa_jax import paths, processes, workdir
 from kdgqa_jax.data.dataset import Dataset, Split
 from kdgqa_jax.errors import UserError
 
@@ -34,7 +33,7 @@ def _describe_split(split: Split) -> Description:
     return {"images": len(split), "fingerprint": digest.hexdigest()}
 
 
-def check(folder: pathlib.Path, here: dict[str, Description], renew: Collection[str] = ()) -> None:
+def check(folder: paths.Path, here: dict[str, Description], renew: Collection[str] = ()) -> None:
     """Compare data with the record in a run's directory, or make it where there is none.
 
     To be called in every process of the run; the first one writes.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kdgqa_jax import extras, paths
+from kdgqa_jax import extras, paths, storage
 from kdgqa_jax.data import idx, packages, tfds_source, trees
 from kdgqa_jax.data.dataset import ArraySplit, Dataset
 from kdgqa_jax.data.shifts import SHIFTS, ShiftedSplit
@@ -33,6 +33,7 @@ class Source:
       tfds: whether tensorflow-datasets can prepare it.
       manual_files: what tensorflow-datasets cannot download for it.
       needs_dir: whether it needs a data directory.
+      parts: files and folders in it; {name} is filled in. Of object storage these are copied.
       images: how many there are to train and to test on; None where the files tell.
     """
 
@@ -46,6 +47,7 @@ class Source:
     tfds: bool = False
     manual_files: tuple[str, ...] = ()
     needs_dir: bool = True
+    parts: tuple[str, ...] = ("{name}",)
     images: tuple[int, int] | None = None
 
     def how_to(self, name: str, data_dir: str) -> str:
@@ -129,11 +131,11 @@ SOURCES: dict[str, Source] = {
     ),
     "mnist": Source(
         _idx_or_tfds, 10, _DIGITS, (28, 28, 1), "train", "test", _PUT_IDX, tfds=True,
-        images=(60_000, 10_000),
+        parts=(*idx.FILES, "{name}"), images=(60_000, 10_000),
     ),
     "fashion_mnist": Source(
         _idx_or_tfds, 10, _FASHION, (28, 28, 1), "train", "test", _PUT_IDX, tfds=True,
-        images=(60_000, 10_000),
+        parts=(*idx.FILES, "{name}"), images=(60_000, 10_000),
     ),
     "cifar10": Source(_tfds, 10, _CIFAR10, (32, 32, 3), "train", "test", _PREPARE, tfds=True),
     "cifar100": Source(_tfds, 100, _STORED, (32, 32, 3), "train", "test", _PREPARE, tfds=True),
@@ -150,11 +152,13 @@ SOURCES: dict[str, Source] = {
         _tiny_imagenet, 200, "words.txt", (64, 64, 3), "train", "val",
         "download http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it in {data_dir},"
         " which makes {data_dir}/tiny-imagenet-200",
+        parts=("tiny-imagenet-200",),
     ),
     "cinic10": Source(
         _cinic10, 10, trees.CINIC10_CLASSES, (32, 32, 3), "train", "test",
         "download CINIC-10.tar.gz from https://datashare.ed.ac.uk/handle/10283/3192 and unpack it"
         " in {data_dir}/CINIC-10, which then holds train, valid and test",
+        parts=("CINIC-10",),
     ),
     "elpv": Source(
         _elpv, 4, packages.ELPV_CLASSES, (300, 300, 3), "three quarters", "a quarter",
@@ -204,13 +208,15 @@ def load(name: str, data_dir: str | None = None, shift: str = "none") -> Dataset
     """
     source, argument = find_source(name)
     if data_dir:
-        paths.local(data_dir, "data directory")
+        paths.place(data_dir, "data directory")
     if shift not in SHIFTS:
         raise unknown("shift", shift, SHIFTS)
     if source.needs_dir and not data_dir:
         raise UserError(
             f"data set {name!r} needs a data directory (--data-dir DIR): {source.how_to(name, '')}"
         )
+    if data_dir and paths.is_remote(data_dir):
+        data_dir = _fetched(source, name, argument, data_dir)
     try:
         dataset = source.read(source, name, argument, data_dir or "")
     except PermissionError as error:
@@ -229,6 +235,22 @@ def load(name: str, data_dir: str | None = None, shift: str = "none") -> Dataset
         test=ShiftedSplit(dataset.test, shift),
         native_size=size and SHIFTS[shift](np.empty(size, np.uint8)).shape,
     )
+
+
+def _fetched(source: Source, name: str, argument: str, data_dir: str) -> str:
+    """The local copy of a data directory of object storage: of what the set has in it.
+
+    Raises UserError: nothing of that is there.
+    """
+    own = (argument or name).split(":")[0]
+    parts = [part.format(name=own) for part in source.parts]
+    place = paths.place(data_dir, "data directory")
+    copies = [storage.fetched(place / part, "data", needed=False) for part in parts]
+    if not any(copy.exists() for copy in copies):
+        raise UserError(
+            f"{place} holds none of {', '.join(parts)}; {source.how_to(name, data_dir)}"
+        )
+    return str(storage.cached(place))
 
 
 def prepare(name: str, data_dir: str | None = None) -> Dataset:

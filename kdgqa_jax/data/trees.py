@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kdgqa_jax import paths
+from kdgqa_jax import storage
 from kdgqa_jax.data import images
 from kdgqa_jax.data.dataset import Dataset
 from kdgqa_jax.errors import UserError
@@ -172,7 +172,7 @@ def read_folder(name: str, path: str) -> Dataset:
     """
     if not path:
         raise UserError("data set 'folder:' needs a path, as in folder:photos")
-    root = paths.local(path, "folder").expanduser()
+    root = storage.fetched(path, "folder").expanduser()
     classes = class_names_in(root)
     if "train" in classes:
         test = next((split for split in ("val", "test") if split in classes), None)

@@ -50,7 +50,10 @@ class Grouped:
 WIDTH = "width"
 """The rule that makes heads narrower and leaves their number: `svd`, held to that."""
 
-RULES = (*POOLING, *MERGING, WIDTH)
+BY_DATA = (*MERGING, WIDTH)
+"""Rules that calibration images are for."""
+
+RULES = (*POOLING, *BY_DATA)
 
 
 def check_pooling(pooling: str, calibrated: bool, refit: bool) -> None:
@@ -63,7 +66,7 @@ def check_pooling(pooling: str, calibrated: bool, refit: bool) -> None:
             " set or a folder of images)"
         )
     if calibrated and pooling in POOLING and not refit:
-        takers = ", ".join((*MERGING, WIDTH))
+        takers = ", ".join(BY_DATA)
         raise UserError(
             f"pooling {pooling!r} takes no calibration images; {takers} do, and so does --refit"
         )

@@ -67,7 +67,8 @@ def allocation(histories: Mapping[str, History]) -> Any:
         _mark(axes, boundaries)
         axes.set(title=name, xlabel="training step")
     if image is not None:
-        figure.colorbar(image, ax=grid, label="query heads", shrink=0.8)
+        thin = 6 * figure.get_figheight()
+        figure.colorbar(image, ax=grid, label="query heads", shrink=0.8, aspect=thin)
         idle = Patch(color=style.COLORS[1], label="idle: no query head")
         figure.legend(handles=[idle], loc="outside lower center")
     return figure

@@ -41,6 +41,8 @@ def build(directory: str | os.PathLike, baselines: Sequence[str] = ()) -> pathli
         )
     folder = place / "report"
     config = workdir.read_json(place / "config.json")
+    if not isinstance(config, dict) or not config.keys() & {"variants", "model"}:
+        raise UserError(f"{place / 'config.json'} is the config of neither a study nor a run")
     if not recipe.is_study(config):
         if baselines:
             raise UserError(f"workdir {place} holds one run; baselines are of a study")

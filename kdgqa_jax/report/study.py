@@ -310,6 +310,10 @@ def read(directory: pathlib.Path) -> tuple[list[Record], dict[str, History]]:
             " it and writes a report at its end"
         )
     records = workdir.read_json(file)
+    needed = {"entry", "stage", "seed"}
+    whole = isinstance(records, list) and all(isinstance(r, dict) for r in records)
+    if not whole or any(needed - r.keys() for r in records):
+        raise UserError(f"{file} does not hold the records of a study; run its command again")
     results = Results(records)
     lengths = [stage for stage in results.stages if stage.startswith("uptrained")][:-1]
     histories = {}

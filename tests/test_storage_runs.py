@@ -1,0 +1,106 @@
+"""Runs whose data, model and workdir are on object storage, killed and resumed."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import time
+
+import helpers
+import pytest
+import stores
+import test_survival
+from test_survival import config_file, whole  # noqa: F401
+
+from kdgqa_jax import checkpoint, cli, logs, paths, storage
+from kdgqa_jax.data import idx
+
+
+@pytest.fixture(scope="module", params=stores.STORES)
+def store(request, tmp_path_factory):
+    with stores.running(request.param, tmp_path_factory.mktemp("cache")) as store:
+        yield store
+
+
+def remote_data(store, config_file):  # noqa: F811
+    """The flag that takes the data of the config from the bucket."""
+    place = paths.place(f"{store.root}/data")
+    storage.upload({config_file.parent / file: place / file for file in idx.FILES})
+    return f"--config.data.data_dir={place}"
+
+
+def saved(workdir):
+    """Steps that are saved; of one that is being saved a half."""
+    place = workdir / "checkpoints"
+    found = {p.name for p in place.iterdir()} if place.exists() else set()
+    complete = {int(name) for name in checkpoint._complete(workdir / "checkpoints")}
+    return max(complete, default=0) + (len(found) > len(complete)) / 2
+
+
+def kill_after(process, workdir, step, moments):
+    while saved(workdir) < step:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    time.sleep(moments.uniform(0.0, 0.3))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_kills_change_no_bit(config_file, whole, store):  # noqa: F811
+    """Five at gs://, where Orbax writes itself, two at s3://, of steps saved and half saved."""
+    workdir, moments = paths.place(f"{store.root}/run"), random.Random(0)
+    data = remote_data(store, config_file)
+    steps = (3.5, 8, 11.5, 20, 23.5) if store.scheme == "gs" else (4, 15.5)
+    for step in steps:
+        kill_after(test_survival.start(config_file, str(workdir), data), workdir, step, moments)
+    assert not (workdir / "result.json").exists()
+    out = test_survival.finish(test_survival.start(config_file, str(workdir), data))
+    assert "resuming from step" in out
+
+    for name in ("params", "norm_stats"):
+        trees = [checkpoint.load_model(w / "model")[1][name] for w in (workdir, whole)]
+        helpers.assert_close(*trees, 0.0)
+    ours, theirs = (
+        [{k: v for k, v in r.items() if k not in test_survival.TIMES} for r in logs.read_metrics(w)]
+        for w in (workdir, whole)
+    )
+    assert ours == theirs
+
+    # What is there is evaluated and converted, and the results go there.
+    place, bucket = f"{workdir}/model", f"{store.root}/data"
+    evaluated, converted = f"{store.root}/figures.json", f"{store.root}/converted"
+    evaluate = ["evaluate", "--checkpoint", place, "--dataset", "mnist", "--data-dir", bucket]
+    assert cli.main([*evaluate, "--out", evaluated]) == 0
+    here = json.loads((whole / "result.json").read_text())
+    there = json.loads(paths.place(evaluated).read_text())
+    assert there["loss"] == pytest.approx(here["loss"], rel=1e-6)
+    convert = ["convert", "--source", place, "--attention", "gqa", "--out", converted]
+    assert cli.main(convert) == 0
+    assert checkpoint.load_model(converted)[0].attention.variant == "gqa"
+    assert not pathlib.Path(f"{store.scheme}:").exists()  # made of a path that is none
+
+
+@pytest.mark.slow
+def test_a_bucket_that_begins_to_refuse_writes_loses_nothing(config_file, whole, store):  # noqa: F811
+    workdir = paths.place(f"{store.root}/refused")
+    data = remote_data(store, config_file)
+    process = test_survival.start(config_file, str(workdir), data)
+    while saved(workdir) < 8:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    store.refuses = True
+    try:
+        _, err = process.communicate(timeout=120)
+    finally:
+        store.refuses = False
+    assert process.returncode == 1
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("kdgqa train: ") and str(workdir) in last and "cannot be" in last
+    assert "Traceback" not in err
+    assert saved(workdir) >= 8
+    test_survival.finish(test_survival.start(config_file, str(workdir), data))
+    helpers.assert_close(
+        checkpoint.load_model(workdir / "model")[1], checkpoint.load_model(whole / "model")[1], 0.0
+    )
