@@ -42,6 +42,7 @@ BY = {
     r"export": "tests/test_exported.py",
     r"card": "tests/test_card.py",
     r"inspect": "tests/test_predict.py",
+    r"doctor": "tests/test_doctor.py",
     r"analyse": "tests/test_similarity.py",
     r"report": "tests/test_report.py",
 }  # fmt: skip
