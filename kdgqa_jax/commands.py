@@ -333,6 +333,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     from kdgqa_jax.console import say, table
 
     _check_json("--out", arguments.out)
+    if arguments.seed and arguments.probe != "linear":
+        raise UserError("--seed belongs to --probe linear")
     result, class_names = _probed(arguments) if arguments.probe else _evaluated(arguments)
     by_class = result.pop("per_class", None)
     rows = []
@@ -349,10 +351,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if "calibration_error" in result:
         figures.append(f"expected calibration error {result['calibration_error']:.2f} %")
     what = f"{arguments.probe} probe on " if arguments.probe else ""
-    say(
-        f"{what}{arguments.dataset} {arguments.split}: {', '.join(figures)},"
-        f" {result['count']:,} images"
-    )
+    figures.append(f"{result['count']:,} images")
+    say(f"{what}{arguments.dataset} {arguments.split}: {', '.join(figures)}")
     if rows:
         shown = [[n, f"{c:,}", "" if top1 is None else f"{top1:.2f}"] for n, c, top1 in rows]
         table(("class", "images", "top-1 %"), shown, numbers=True)
@@ -366,8 +366,6 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 def _evaluated(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]]:
     from kdgqa_jax import evaluate
 
-    if arguments.seed:
-        raise UserError("--seed belongs to --probe linear")
     return evaluate.evaluate_directory(
         arguments.checkpoint,
         arguments.dataset,
@@ -387,8 +385,6 @@ def _probed(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, .
         raise UserError("--probe is fitted to the training images; leave --split train out")
     if arguments.ignore_class_names:
         raise UserError("--probe reads no class names of the model; leave --ignore-class-names out")
-    if arguments.seed and arguments.probe != "linear":
-        raise UserError("--seed belongs to --probe linear")
     return probes.probe_directory(
         arguments.checkpoint,
         arguments.dataset,

@@ -146,7 +146,7 @@ def add_study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", type=PATH, help="directory of the study")
     _add_jobs(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="show cells and an estimate of time, run nothing"
+        "--dry-run", action="store_true", help="cells and an estimate of time alone"
     )
 
 
@@ -165,9 +165,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--jobs", type=POSITIVE, default=1, help="cells at once, on cores of their own"
-    )
+    parser.add_argument("--jobs", type=POSITIVE, default=1, help="cells at once, on own cores")
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -337,9 +335,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     add_prepare(parser)
     parser.add_argument("--split", choices=["test", "train"], default="test", help="which images")
     parser.add_argument(
-        "--probe",
-        metavar="{linear,knn}",
-        help="of frozen features: fitted to the training images, evaluated on the test images",
+        "--probe", help="linear or knn: of frozen features, fitted to the train split"
     )
     parser.add_argument("--seed", type=SEED, default=0, help="of what a linear probe holds out")
     parser.add_argument("--shift", default="none", help=", ".join(SHIFTS))

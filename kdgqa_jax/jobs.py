@@ -210,7 +210,8 @@ def _take_cores(index: int, count: int) -> None:
     """
     if not hasattr(os, "sched_getaffinity"):
         return
-    import scipy.linalg  # noqa: F401
+    with contextlib.suppress(ImportError):
+        import scipy.linalg  # noqa: F401
 
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("NPROC", str(len(cores)))

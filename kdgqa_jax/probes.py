@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdgqa_jax import checkpoint, evaluate, predict, sharding, vit
+from kdgqa_jax import checkpoint, evaluate, extras, predict, sharding, vit
 from kdgqa_jax.console import ProgressBar
 from kdgqa_jax.data import augment, pipeline, sources
 from kdgqa_jax.data.dataset import Dataset
@@ -194,6 +194,13 @@ PROBES: dict[str, Callable[..., tuple[np.ndarray, dict[str, Any]]]] = {"knn": kn
 """(features, seed) -> (probabilities of the test images by class, facts about the probe)."""
 
 
+def _check(name: str) -> None:
+    """Raise UserError for an unknown probe, or where the package that it needs is not there."""
+    if name not in PROBES:
+        raise unknown("probe", name, PROBES)
+    extras.needs("sklearn", f"probe {name!r}")
+
+
 def run(name: str, features: Features, seed: int = 0, per_class: bool = False) -> dict[str, Any]:
     """The figures of a probe on the test split.
 
@@ -211,8 +218,7 @@ def run(name: str, features: Features, seed: int = 0, per_class: bool = False) -
     Raises:
       UserError: an unknown name, features that are not finite, one class, too few images.
     """
-    if name not in PROBES:
-        raise unknown("probe", name, PROBES)
+    _check(name)
     for split, values in (("training", features.train), ("test", features.test)):
         if not np.isfinite(values).all():
             raise UserError(f"the features of the {split} images are not finite; mend the model")
@@ -259,8 +265,7 @@ def probe_directory(
     Raises:
       UserError: no model or no data there, a model for other channels, or what `run` raises.
     """
-    if probe not in PROBES:
-        raise unknown("probe", probe, PROBES)
+    _check(probe)
     mesh = sharding.make_mesh()
     batch_size = evaluate.checked_batch_size(batch_size, mesh)
     model, variables, description = checkpoint.load_model(directory)
