@@ -10,7 +10,7 @@ import importlib.util
 import subprocess
 import sys
 
-PACKAGE = "kdgqa-jax"  # or a checkout: its folder, or git+URL
+PACKAGE = "kdgqa-jax[demo]"  # or a checkout: its folder, or git+URL
 if importlib.util.find_spec("kdgqa_jax") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", PACKAGE], check=True)
 

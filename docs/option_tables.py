@@ -9,6 +9,7 @@ from typing import Any
 
 from kdgqa_jax import attention, config, vit
 from kdgqa_jax.block import BlockConfig
+from kdgqa_jax.data import augment
 
 
 def pages() -> str:
@@ -25,7 +26,7 @@ def pages() -> str:
             "",
             "`--config.FIELD=VALUE`.",
             "",
-            *table(("field", "default", "what it is"), config_rows(config.train_config)),
+            *table(("field", "default", "what it is"), train_rows()),
             "",
             "## Of a study",
             "",
@@ -71,12 +72,21 @@ def described(kind: type) -> dict[str, str]:
     return found
 
 
-def config_rows(declare: Any) -> Iterator[tuple[str, str, str]]:
+def train_rows() -> Iterator[tuple[str, str, str]]:
+    """Those of `train_config` with those of augmentation; models have a table of their own."""
+    for row in config_rows(config.train_config):
+        if row[0] == "`data.augment`":
+            yield from config_rows(augment.augment_config, "data.augment.")
+        elif row[0] != "`model`":
+            yield row
+
+
+def config_rows(declare: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(dotted name, default, comment) of the fields that a function of config.py declares."""
     source = inspect.getsource(declare)
     lines = source.splitlines()
     (dictionary,) = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Return))
-    yield from _fields(dictionary.value.args[0], "", lines)
+    yield from _fields(dictionary.value.args[0], prefix, lines)
 
 
 def _fields(node: ast.Dict, prefix: str, lines: list[str]) -> Iterator[tuple[str, str, str]]:

@@ -307,9 +307,12 @@ def families(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {k: sorted(v, key=lambda row: -row["parameters"]) for k, v in found.items() if v}
 
 
-def as_markdown(result: dict[str, Any]) -> str:
+def as_markdown(result: dict[str, Any], title: str) -> str:
     """The table, and the gate's figures."""
-    lines = ["| | conversion | attention parameters | R2 | cosine |", "|---|---|---:|---:|---:|"]
+    flags = [f"--{k.replace('_', '-')} {v}" for k, v in result["command"].items() if v]
+    command = " ".join(["python examples/front.py", *flags])
+    lines = [f"# {title}", "", f"`{command}`, {result['date']}.", ""]
+    lines += ["| | conversion | attention parameters | R2 | cosine |", "|---|---|---:|---:|---:|"]
     for family, rows in families(result).items():
         for row in rows:
             size = f"{row['parameters']:,} ({row['share_of_parameters']:.0%})"
@@ -398,7 +401,7 @@ def main() -> None:
     others = [row for path in arguments.also for row in workdir.read_json(path)["rows"]]
     result |= {"rows": rows, "gate": gate(rows), "gate_of_all": gate([*rows, *others], 10)}
     workdir.write_json(place, result)
-    table = as_markdown(result)
+    table = as_markdown(result, f"Size against accuracy: {arguments.out.name}")
     with workdir.written_file(arguments.out / "front.md") as path:
         path.write_text(table)
     draw(result, arguments.out)

@@ -2,7 +2,6 @@
 
 import collections
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +53,8 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     facts, _ = analysis.summarise(directory)
-    description = model_json.read(paths.local(directory) / "model.json")
-    place = paths.local(directory).absolute()
+    description = model_json.read(paths.place(directory) / "model.json")
+    place = paths.absolute(directory)
     records = [*_of_run(place, description), *map(_of_evaluation, results)]
     data = ModelCardData(
         model_name=place.parent.name if place.name == "model" else place.name,
@@ -83,12 +82,12 @@ def write(
     out: str | os.PathLike | None = None,
     results: Sequence[str | os.PathLike] = (),
     license: str | None = None,
-) -> pathlib.Path:
+) -> paths.Path:
     """Write `model_card` to a new .md file, README.md beside the model if None; where it is.
 
     Raises UserError: what `model_card` raises, or a file that is there or cannot be written.
     """
-    place = paths.local(directory) / "README.md" if out is None else paths.local(out)
+    place = paths.place(directory) / "README.md" if out is None else paths.place(out)
     if place.suffix != ".md":
         raise UserError(f"{place}: a model card is Markdown; give a name that ends in .md")
     place = workdir.check_new(place)
@@ -108,7 +107,7 @@ def _trained_on(description: Record) -> Iterator[tuple[str, Record]]:
         yield data["name"], data
 
 
-def _of_run(place: pathlib.Path, description: Record) -> Iterator[Record]:
+def _of_run(place: paths.Path, description: Record) -> Iterator[Record]:
     """What the run that has made the model found out on its test split at the end."""
     record = place.parent / "result.json"
     if place.name == "model" and record.is_file():
@@ -118,7 +117,7 @@ def _of_run(place: pathlib.Path, description: Record) -> Iterator[Record]:
 
 
 def _of_evaluation(path: str | os.PathLike) -> Record:
-    record = workdir.read_json(paths.local(path))
+    record = workdir.read_json(paths.place(path))
     needed = ("dataset", "split", "top1", "top5", "loss")
     if not isinstance(record, dict) or any(name not in record for name in needed):
         raise UserError(f"{path} is no record of an evaluation; `kdgqa evaluate --out` writes them")

@@ -78,7 +78,7 @@ COMMANDS: dict[str, Command] = {
         extra="convert",
     ),
     "merge-encoder": Command(
-        "a text or audio encoder of transformers with fewer key/value heads",
+        "an encoder of transformers with fewer key/value heads",
         flags.add_merge_encoder,
         commands.run_merge_encoder,
         extra="convert",

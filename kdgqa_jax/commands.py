@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any
 
-from kdgqa_jax import extras, flags, workdir
+from kdgqa_jax import extras, flags, paths, workdir
 from kdgqa_jax.errors import UserError, printable
 
 
@@ -184,7 +184,7 @@ def _write_figures(arguments: argparse.Namespace, results: list[dict[str, Any]])
     """Write what a benchmark found to --json, with what it was measured on."""
     import jax
 
-    from kdgqa_jax import paths, version
+    from kdgqa_jax import version
 
     if arguments.json:
         device = jax.devices()[0]
@@ -313,10 +313,9 @@ def run_export(arguments: argparse.Namespace) -> None:
 
     workdir.check_new(arguments.out)
     platforms = [name for name in arguments.platforms.split(",") if name]
-    metadata = exported.export(
-        arguments.checkpoint, arguments.out, platforms, arguments.allocation_scope
-    )
-    say(f"written: {arguments.out}, for {', '.join(metadata['platforms'])}; any batch size")
+    place, scope = arguments.out, arguments.allocation_scope
+    exported.export(arguments.checkpoint, place, platforms, scope)
+    say(f"written: {place}, for {', '.join(platforms)}; any batch size")
 
 
 def run_card(arguments: argparse.Namespace) -> None:
@@ -330,7 +329,7 @@ def run_card(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Figures on a data set, or of a probe, as lines and a file."""
-    from kdgqa_jax import logs, paths, predict
+    from kdgqa_jax import logs, predict
     from kdgqa_jax.console import say, table
 
     _check_json("--out", arguments.out)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kdgqa_jax import checkpoint, extras, paths, predict, version, vit, workdir
+from kdgqa_jax import checkpoint, extras, paths, predict, storage, version, vit, workdir
 from kdgqa_jax.errors import UserError, one_line, unknown
 
 Array = jax.Array
@@ -138,7 +138,7 @@ def export(
             raise unknown("platform", platform, PLATFORMS)
     if not platforms:
         raise UserError(f"no platform to export for; expected some of {', '.join(PLATFORMS)}")
-    place = paths.local(out)
+    place = paths.place(out)
     extras.needs("flatbuffers", "exporting a function")
     model, variables, description = checkpoint.load_model(directory)
     model = independent_model(model, f"the model in {directory}", allocation_scope)
@@ -220,7 +220,7 @@ def load(path: str | os.PathLike) -> ExportedModel:
     Raises UserError: no such file, a damaged one, one that this release of JAX cannot read, or one
     that was not lowered for the platform of this process.
     """
-    place = paths.local(path)
+    place = storage.fetched(path, "exported function")
     try:
         with np.load(place, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}

@@ -23,8 +23,8 @@ KEPT = {
     "full": (6, 6),
 }
 """Arrays (B, T, D) of the computation's dtype that a layer keeps, by `model.remat`: of layers
-unrolled and scanned. XLA's compiler for v5e says 13 to 15 and 31 of `none`, and 15 of a scanned
-`dots_no_batch`; the others are taken from these."""
+unrolled and scanned. XLA's compiler for v5e says 13 to 15 and 31 to 32 of `none`, and 15 of a
+scanned `dots_no_batch`; the others are taken from these."""
 
 SHARE = 0.85
 """Of the memory of a device that programs get for the state and a step."""

