@@ -174,9 +174,9 @@ def test_widths_that_cannot_be_had_are_refused(widths, rule, more, says):
 def test_models_of_every_variant_take_widths():
     images = helpers.images(2)
     for attention in ("mha", *helpers.GROUPED):
-        model = helpers.tiny_vit(attention, head_width=5, v_head_width=3)
+        model = helpers.tiny_vit(attention, depth=1, head_width=5, v_head_width=3)
         variables = helpers.vit_variables(model)
-        attn = variables["params"]["blocks_1"]["attn"]
+        attn = variables["params"]["blocks_0"]["attn"]
         shapes = {name: attn[name]["kernel"].shape[-2:] for name in ("query", "key", "value")}
         heads = model.attention.num_kv_heads
         assert shapes == {"query": (N, 5), "key": (heads, 5), "value": (heads, 3)}
@@ -268,6 +268,7 @@ def test_groups_that_are_not_equal_are_refused(tmp_path):
     assert "no longer matches it" in found.report.warnings[0]
 
 
+@pytest.mark.slow
 def test_training_starts_from_narrow_heads_and_resumes_bit_for_bit(tmp_path):
     """Grouped and narrow: the run takes the widths over, and its model has them."""
     widths = {"head_width": 5, "v_head_width": 3}
