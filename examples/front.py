@@ -307,9 +307,12 @@ def families(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {k: sorted(v, key=lambda row: -row["parameters"]) for k, v in found.items() if v}
 
 
-def as_markdown(result: dict[str, Any]) -> str:
+def as_markdown(result: dict[str, Any], title: str) -> str:
     """The table, and the gate's figures."""
-    lines = ["| | conversion | attention parameters | R2 | cosine |", "|---|---|---:|---:|---:|"]
+    flags = [f"--{k.replace('_', '-')} {v}" for k, v in result["command"].items() if v]
+    command = " ".join(["python examples/front.py", *flags])
+    lines = [f"# {title}", "", f"`{command}`, {result['date']}.", ""]
+    lines += ["| | conversion | attention parameters | R2 | cosine |", "|---|---|---:|---:|---:|"]
     for family, rows in families(result).items():
         for row in rows:
             size = f"{row['parameters']:,} ({row['share_of_parameters']:.0%})"
@@ -365,6 +368,7 @@ def main() -> None:
     )
     parser.add_argument("--few", type=int, default=32, help="of these: judge rows beside the table")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images")
+    parser.add_argument("--also", type=pathlib.Path, nargs="*", default=[], help="other front.json")
     arguments = parser.parse_args()
     found = convert.load(arguments.source, image_size=arguments.image_size, num_classes=0)
     chosen = CalibrationImages(
@@ -394,9 +398,10 @@ def main() -> None:
             rows.append(measure(source, judge, row, arguments.count, arguments.few))
             print(row.name, {k: round(rows[-1][k], 4) for k in ("r2", "cosine")}, flush=True)
             workdir.write_json(place, {**result, "rows": rows})
-    result |= {"rows": rows, "gate": gate(rows)}
+    others = [row for path in arguments.also for row in workdir.read_json(path)["rows"]]
+    result |= {"rows": rows, "gate": gate(rows), "gate_of_all": gate([*rows, *others], 10)}
     workdir.write_json(place, result)
-    table = as_markdown(result)
+    table = as_markdown(result, f"Size against accuracy: {arguments.out.name}")
     with workdir.written_file(arguments.out / "front.md") as path:
         path.write_text(table)
     draw(result, arguments.out)

@@ -65,7 +65,7 @@ ALIASES = {"mhsa": "mha"}  # the name in the released code
 
 
 def register(name: str, rule: type[rules.Rule], noise: type | None = None) -> None:
-    """Give a grouping rule a name; models, configs, conversion and studies know it from then on.
+    """Give a grouping rule a name; models, configs, conversion and studies know it from then on::
 
         @dataclasses.dataclass(frozen=True)
         class LastToken(rules.Rule):

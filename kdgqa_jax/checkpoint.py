@@ -173,7 +173,7 @@ class StateCheckpoints:
                     f"no checkpoint in {self.directory} can be read; delete that folder to start"
                     " over, or choose another --workdir"
                 )
-            processes.on_first_process(lambda step=step, aside=aside: self._set_aside(step, aside))
+            processes.on_first_process(functools.partial(self._set_aside, step, aside))
             say(f"it is now {aside}; going back to the one before it")
             self._checkpointer.reload()
         return None
@@ -200,7 +200,7 @@ class StateCheckpoints:
             return "its checksum is wrong"
         if there is not like:
             shardings = jax.tree.map(lambda x: x.sharding, like)
-            convert = functools.partial(layers.in_layout, stacked=layers.is_stacked(like))
+            convert = functools.partial(layers.in_layout, stacked=bool(layers.is_stacked(like)))
             state = jax.jit(convert, out_shardings=shardings)(state)
         return state, position
 
@@ -308,8 +308,11 @@ def _checksum(state: Any) -> jax.Array:
     return total
 
 
-_DISK = ("No space left on device", "File too large", "Permission denied", "Read-only file system")
-_DISK += ("PERMISSION_DENIED", "Forbidden", "Access Denied", "AccessDenied")  # of object storage
+_STORE = ("PERMISSION_DENIED", "Forbidden", "Access Denied", "AccessDenied")  # of objects
+_DISK = (
+    *("No space left on device", "File too large", "Permission denied", "Read-only file system"),
+    *_STORE,
+)
 _NOT_DAMAGE = (*_DISK, "RESOURCE_EXHAUSTED", "Cannot allocate memory", "Too many open files")
 _DATA = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE")  # what TensorStore begins with
 
@@ -373,29 +376,29 @@ def save_model(
 
 def check_replaceable(path: str | os.PathLike) -> paths.Path:
     """The absolute path. Raises UserError if something other than a model directory is there."""
-    path = paths.absolute(path)
-    ours = {"model.json", WEIGHTS}
+    place = paths.absolute(path)
+    ours = {"model.json", WEIGHTS, "README.md"}  # the last is a card of what was there
     try:
-        taken = paths.taken(path)
-        sound = taken and path.is_dir() and {p.name for p in path.iterdir()} <= ours
-    except paths.failures(path) as error:
-        raise UserError(f"{path} cannot be read ({paths.reason(error)})") from None
+        taken = paths.taken(place)
+        sound = taken and place.is_dir() and {p.name for p in place.iterdir()} <= ours
+    except paths.failures(place) as error:
+        raise UserError(f"{place} cannot be read ({paths.reason(error)})") from None
     if taken and not sound:
         raise UserError(
-            f"{path} holds something else than a model; move it away, or write elsewhere"
+            f"{place} holds something else than a model; move it away, or write elsewhere"
         )
-    return path
+    return place
 
 
 def check_model(path: str | os.PathLike) -> None:
     """Raise UserError unless a model directory is there; its files are not read."""
-    path = paths.absolute(path)
+    place = paths.absolute(path)
     try:
-        found = all((path / name).is_file() for name in ("model.json", WEIGHTS))
-    except paths.failures(path) as error:
-        raise UserError(f"{path} cannot be read ({paths.reason(error)})") from None
+        found = all((place / name).is_file() for name in ("model.json", WEIGHTS))
+    except paths.failures(place) as error:
+        raise UserError(f"{place} cannot be read ({paths.reason(error)})") from None
     if not found:
-        raise UserError(f"{path} is not a model directory: it lacks model.json or {WEIGHTS}")
+        raise UserError(f"{place} is not a model directory: it lacks model.json or {WEIGHTS}")
 
 
 def load_model(

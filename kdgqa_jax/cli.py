@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from kdgqa_jax import commands, console, flags, memory, processes
+from kdgqa_jax import commands, console, extras, flags, memory, parsers
 from kdgqa_jax.errors import Preempted, UserError, one_line, printable, unknown
 from kdgqa_jax.version import __version__
 
@@ -24,6 +24,7 @@ class Command:
       run: does it, by the flags.
       has_config: takes --config.FIELD=VALUE.
       resumes: the same command finishes what was interrupted.
+      extra: what installs the packages that it needs: a name in `extras.EXTRAS`.
     """
 
     summary: str
@@ -31,6 +32,7 @@ class Command:
     run: Callable[[argparse.Namespace], None]
     has_config: bool = False
     resumes: bool = False
+    extra: str = "train"
 
 
 COMMANDS: dict[str, Command] = {
@@ -40,6 +42,7 @@ COMMANDS: dict[str, Command] = {
         commands.run_demo,
         has_config=True,
         resumes=True,
+        extra="demo",
     ),
     "study": Command(
         "the protocol of a config: variants x seeds, a table, plots",
@@ -47,11 +50,13 @@ COMMANDS: dict[str, Command] = {
         commands.run_study,
         has_config=True,
         resumes=True,
+        extra="demo",
     ),
     "report": Command(
         "tables, plots and a page of a study or a training run",
         flags.add_report,
         commands.run_report,
+        extra="demo",
     ),
     "train": Command(
         "one training run of a config",
@@ -64,22 +69,41 @@ COMMANDS: dict[str, Command] = {
         "download a data set, or tell how to get it; count it",
         flags.add_prepare,
         commands.run_prepare,
+        extra="data",
     ),
     "convert": Command(
         "a checkpoint to a grouped variant, or back to PyTorch",
         flags.add_convert,
         commands.run_convert,
+        extra="convert",
     ),
     "merge-encoder": Command(
         "a text or audio encoder of transformers with fewer key/value heads",
         flags.add_merge_encoder,
         commands.run_merge_encoder,
+        extra="convert",
     ),
     "evaluate": Command(
         "accuracy and calibration on a data set", flags.add_evaluate, commands.run_evaluate
     ),
-    "predict": Command("logits or top classes of images", flags.add_predict, commands.run_predict),
-    "inspect": Command("what a model directory holds", flags.add_inspect, commands.run_inspect),
+    "predict": Command(
+        "logits or top classes of images", flags.add_predict, commands.run_predict, extra="convert"
+    ),
+    "export": Command(
+        "a model as one file that JAX and NumPy can call",
+        flags.add_export,
+        commands.run_export,
+        extra="convert",
+    ),
+    "card": Command(
+        "a model card: source, conversion, data, figures, how to load",
+        flags.add_card,
+        commands.run_card,
+        extra="convert",
+    ),
+    "inspect": Command(
+        "what a model directory holds", flags.add_inspect, commands.run_inspect, extra="convert"
+    ),
     "analyse": Command(
         "how alike heads are, key norms and allocations over images",
         flags.add_analyse,
@@ -119,6 +143,7 @@ COMMANDS: dict[str, Command] = {
         "time and memory of a conversion",
         flags.add_bench_convert,
         commands.run_bench_convert,
+        extra="convert",
     ),
 }
 
@@ -130,13 +155,13 @@ RESUMES = "the same command resumes"
 
 def build_parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of everything, named "", and that of each command."""
-    parser = flags.Parser(
+    parser = parsers.Parser(
         prog="kdgqa",
         description="Grouped query attention for Vision Transformers in JAX.",
         epilog="kdgqa COMMAND --help shows the flags of a command.",
     )
     parser.add_argument("--version", action="version", version=f"kdgqa-jax {__version__}")
-    parsers: dict[str, argparse.ArgumentParser] = {"": parser}
+    found: dict[str, argparse.ArgumentParser] = {"": parser}
     places = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
     for name, command in COMMANDS.items():
         group, _, _ = name.rpartition(" ")
@@ -151,14 +176,14 @@ def build_parsers() -> dict[str, argparse.ArgumentParser]:
             epilog="any other field of the config: --config.FIELD=VALUE"
             if command.has_config
             else None,
-            formatter_class=flags.Help,
+            formatter_class=parsers.Help,
         )
         command.add_flags(subparser)
         subparser.add_argument("--debug", action="store_true", help="show tracebacks")
         subparser.set_defaults(command=name)
-        subparser.usage = flags.usage(subparser)
-        parsers[name] = subparser
-    return parsers
+        subparser.usage = parsers.usage(subparser)
+        found[name] = subparser
+    return found
 
 
 def _sentence(text: str) -> str:
@@ -174,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.prepare()
     try:
         arguments, overrides = build_parsers()[""].parse_known_args(argv)
-    except flags.WrongFlagsError as error:
+    except parsers.WrongFlagsError as error:
         print(printable(error), file=sys.stderr)
         return 2
     arguments.overrides = overrides
@@ -185,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             names = vars(arguments).keys() - {"command", "overrides"}
             known = sorted(f"--{name.replace('_', '-')}" for name in names)
             raise unknown("argument", arguments.overrides[0], known)
-        command.run(arguments)
+        with extras.named(f"kdgqa {arguments.command}", command.extra):
+            command.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         hint = f"; {RESUMES}" if command.resumes else ""
@@ -214,13 +240,19 @@ def _complain(arguments: argparse.Namespace, text: str) -> None:
 def _part(arguments: argparse.Namespace, status: int) -> int:
     """The exit status; several processes end together."""
     if getattr(arguments, "multihost", False):
+        from kdgqa_jax import processes  # which imports JAX, as most mistakes need not
+
         processes.part(status)
     return status
 
 
 def _fail(arguments: argparse.Namespace, error: Exception) -> int:
     """Say what went wrong; the exit status."""
-    joined = getattr(arguments, "multihost", False) and processes.joined()
+    joined = False
+    if getattr(arguments, "multihost", False):
+        from kdgqa_jax import processes
+
+        joined = processes.joined()
     if isinstance(error, UserError):
         text = str(error)
     elif joined:

@@ -5,13 +5,13 @@ import os
 import sys
 from typing import Any
 
-from kdgqa_jax import flags
+from kdgqa_jax import extras, flags, workdir
 from kdgqa_jax.errors import UserError, printable
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
     """The protocol of a study, on the demo's data."""
-    from kdgqa_jax import config, study
+    from kdgqa_jax import config
 
     settings = config.load_config(f"demo:dataset={arguments.dataset}")
     for stage in (settings.pretrain, settings.uptrain, settings.finetune):
@@ -20,12 +20,12 @@ def run_demo(arguments: argparse.Namespace) -> None:
     if arguments.variants:
         settings.variants = tuple(arguments.variants.split(","))
     settings = config.override(settings, arguments.overrides)
-    study.run_study(settings, arguments.workdir, arguments.jobs)
+    _run_study(settings, arguments.workdir, arguments.jobs)
 
 
 def run_study(arguments: argparse.Namespace) -> None:
     """The protocol of a config, or what it would do."""
-    from kdgqa_jax import config, dry_run, study
+    from kdgqa_jax import config, dry_run
 
     settings = config.override(config.load_config(arguments.config), arguments.overrides)
     if arguments.dry_run:
@@ -33,7 +33,15 @@ def run_study(arguments: argparse.Namespace) -> None:
         return
     if not arguments.workdir:
         raise UserError("a study needs --workdir DIR, where its results go; --dry-run needs none")
-    study.run_study(settings, arguments.workdir, arguments.jobs)
+    _run_study(settings, arguments.workdir, arguments.jobs)
+
+
+def _run_study(settings: Any, workdir: str, jobs: int) -> None:
+    from kdgqa_jax import study
+
+    for package in ("scipy", "matplotlib", "jinja2"):  # a lack is found before hours of work
+        extras.needs(package, "the report of a study")
+    study.run_study(settings, workdir, jobs)
 
 
 def run_report(arguments: argparse.Namespace) -> None:
@@ -176,7 +184,7 @@ def _write_figures(arguments: argparse.Namespace, results: list[dict[str, Any]])
     """Write what a benchmark found to --json, with what it was measured on."""
     import jax
 
-    from kdgqa_jax import paths, version, workdir
+    from kdgqa_jax import paths, version
 
     if arguments.json:
         device = jax.devices()[0]
@@ -193,7 +201,7 @@ def _write_figures(arguments: argparse.Namespace, results: list[dict[str, Any]])
 
 def run_convert(arguments: argparse.Namespace) -> None:
     """Write a model directory, or with --to a file of PyTorch names."""
-    from kdgqa_jax import convert, workdir
+    from kdgqa_jax import convert
     from kdgqa_jax.console import say, table
 
     workdir.check_new(arguments.out)
@@ -237,7 +245,7 @@ def _calibration(
 
 def run_merge_encoder(arguments: argparse.Namespace) -> None:
     """Write an encoder's directory with fewer key/value heads."""
-    from kdgqa_jax import convert, workdir
+    from kdgqa_jax import convert
     from kdgqa_jax.console import say, table
     from kdgqa_jax.convert import merging_encoder
 
@@ -268,30 +276,61 @@ def run_predict(arguments: argparse.Namespace) -> None:
 
     out, features = arguments.out, arguments.features
     predict.check_output(out, features)
-    names, predictions, classes = predict.predict_files(
-        arguments.checkpoint,
-        arguments.images,
-        arguments.batch_size,
-        features,
-        needs_classes=not out or not out.endswith(".npy"),
-    )
+    asked = arguments.images, arguments.batch_size
+    needs_classes = not out or not out.endswith(".npy")
+    if arguments.exported:
+        if features:
+            raise UserError("--features belongs to --checkpoint: an exported function has logits")
+        from kdgqa_jax import exported
+
+        names, output, classes = exported.predict_files(
+            arguments.exported, *asked, needs_classes=needs_classes
+        )
+        groupings = []
+    else:
+        names, predictions, classes = predict.predict_files(
+            arguments.checkpoint, *asked, features, needs_classes=needs_classes
+        )
+        output, groupings = predictions.output, predict.describe_allocation(predictions.allocation)
     if out:
-        predict.write(out, names, predictions, classes, arguments.top)
+        predict.write(out, names, output, classes, arguments.top)
         say(f"{len(names)} images, written: {out}")
     else:
-        top = predict.top_classes(predictions.logits, classes, arguments.top)
+        top = predict.top_classes(output, classes, arguments.top)
         rows = [
             [name, ", ".join(f"{label} {100 * p:.1f} %" for label, p in best)]
             for name, best in zip(names, top, strict=True)
         ]
         table(("image", f"top {arguments.top}"), rows)
-    for line in predict.describe_allocation(predictions.allocation):
+    for line in groupings:
         say(line)
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """Write a model as a function."""
+    from kdgqa_jax import exported
+    from kdgqa_jax.console import say
+
+    workdir.check_new(arguments.out)
+    platforms = [name for name in arguments.platforms.split(",") if name]
+    metadata = exported.export(
+        arguments.checkpoint, arguments.out, platforms, arguments.allocation_scope
+    )
+    say(f"written: {arguments.out}, for {', '.join(metadata['platforms'])}; any batch size")
+
+
+def run_card(arguments: argparse.Namespace) -> None:
+    """Write a model card."""
+    from kdgqa_jax import card
+    from kdgqa_jax.console import say
+
+    place = card.write(arguments.checkpoint, arguments.out, arguments.results, arguments.license)
+    say(f"written: {place}")
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Figures on a data set, or of a probe, as lines and a file."""
-    from kdgqa_jax import logs, paths, predict, workdir
+    from kdgqa_jax import logs, paths, predict
     from kdgqa_jax.console import say, table
 
     _check_json("--out", arguments.out)

@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from kdgqa_jax import paths
 from kdgqa_jax.errors import LARGEST, SEEDS, UserError, one_line
@@ -333,7 +333,9 @@ def _add_options(parser: argparse.ArgumentParser, options: dict[str, dict]) -> N
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa predict`."""
-    _add_checkpoint(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=PATH, help="a model directory")
+    source.add_argument("--exported", type=PATH, metavar="FILE", help="what `kdgqa export` wrote")
     parser.add_argument(
         "--images",
         nargs="+",
@@ -357,9 +359,37 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=POSITIVE, default=256, help="images per batch")
 
 
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa export`."""
+    _add_checkpoint(parser)
+    parser.add_argument("--out", type=PATH, required=True, help="the .npz file to write")
+    parser.add_argument(
+        "--platforms", default="cpu,cuda,tpu", help="where it is to run, with commas"
+    )
+    parser.add_argument(
+        "--allocation-scope",
+        choices=["example"],
+        help="group heads image by image, where the model groups by batches",
+    )
+
+
+def add_card(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kdgqa card`."""
+    _add_checkpoint(parser)
+    parser.add_argument("--out", type=PATH, help="a .md file; none: README.md beside the model")
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        type=PATH,
+        default=[],
+        help=".json files of `kdgqa evaluate --out` to report",
+    )
+    parser.add_argument("--license", help="of the weights: an identifier such as apache-2.0")
+
+
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa evaluate`."""
-    from kdgqa_jax.data.sources import SHIFTS
+    from kdgqa_jax.data.shifts import SHIFTS
 
     _add_checkpoint(parser)
     add_prepare(parser)
@@ -422,42 +452,3 @@ def given(arguments: argparse.Namespace, options: dict[str, dict]) -> list[str]:
         for name, settings in options.items()
         if getattr(arguments, name) != settings.get("default")
     ]
-
-
-# --- Parsers ------------------------------------------------------------------------------------
-
-
-class WrongFlagsError(UserError):
-    """Flags that a command does not have or values that they do not take."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `WrongFlagsError`."""
-        text = one_line(message, None)
-        raise WrongFlagsError(f"{self.prog}: {text}; {self.prog} --help shows the flags")
-
-
-class Help(argparse.HelpFormatter):
-    """Help on one screen: wide flags beside their texts, defaults where there are any."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32)
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default is False or action.default in (None, "", [], argparse.SUPPRESS)
-        return action.help if silent else f"{action.help} (default: %(default)s)"
-
-
-def usage(parser: argparse.ArgumentParser) -> str:
-    """The usage line of a command: what it needs."""
-    needed = [a for a in parser._actions if a.required]
-    shown = [
-        f"{a.option_strings[0]} {a.metavar or a.dest.upper()}"
-        if a.option_strings
-        else "{" + ",".join(a.choices) + "}"
-        for a in needed
-    ]
-    return " ".join([parser.prog, *shown, "[options]"])

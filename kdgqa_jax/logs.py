@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from kdgqa_jax import paths, storage, workdir
+from kdgqa_jax import extras, paths, storage, workdir
 from kdgqa_jax.errors import UserError, one_line
 
 Record = dict[str, Any]
@@ -185,18 +185,13 @@ def check_packages(tensorboard: bool = False, wandb: str = "") -> None:
 
 
 _RUN_ID = "wandb_run_id"
-_TENSORBOARD = ("tensorboardX.event_file_writer", "TensorBoard", "tensorboardX")
-_WANDB = ("wandb", "Weights & Biases", "wandb")
+_TENSORBOARD = ("tensorboardX.event_file_writer", "TensorBoard")
+_WANDB = ("wandb", "Weights & Biases")
 
 
-def _optional(module: str, wanted: str, extra: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise UserError(
-            f"{wanted} needs the package {package}: pip install {extra}, or turn it off"
-        ) from None
+def _optional(module: str, wanted: str) -> ModuleType:
+    extras.needs(module.partition(".")[0], wanted, instead="turn it off")
+    return importlib.import_module(module)
 
 
 class _TensorBoard:

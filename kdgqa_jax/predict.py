@@ -64,7 +64,7 @@ def _step(
     variables: dict[str, Any],
     images: Array,
     mask: Array,
-):
+) -> tuple[Array, Array]:
     method = FEATURES[features] if features else None
     output, collections = vit.apply_in_evaluation(model, variables, images, mask, method=method)
     return output, layers.grouping_of(collections)["allocation"]
@@ -138,17 +138,16 @@ def _check_finite(images: np.ndarray) -> None:
         )
 
 
-def read_array(path: pathlib.Path, model: vit.VisionTransformer, channels: int) -> np.ndarray:
+def read_array(path: pathlib.Path, image_shape: tuple[int, int, int]) -> np.ndarray:
     """The images in a .npy file, in either byte order and any layout.
 
-    Raises UserError unless they are float32 NHWC of the model's size.
+    Raises UserError unless they are float32 NHWC of that (height, width, channels).
     """
     try:
         images = np.load(path, allow_pickle=False)
     except Exception as error:  # a parser of damaged files raises anything
         reason = one_line(getattr(error, "strerror", None) or error)
         raise UserError(f"{path}: not a NumPy array that can be read ({reason})") from None
-    expected = (*model.image_shape, channels)
     if isinstance(images, np.ndarray):
         images = images.astype(images.dtype.newbyteorder("="), copy=False)
     if not isinstance(images, np.ndarray) or images.dtype != np.float32 or images.ndim != 4:
@@ -156,8 +155,8 @@ def read_array(path: pathlib.Path, model: vit.VisionTransformer, channels: int) 
         raise UserError(
             f"{path}: {what}; expected normalised float32 images (n, height, width, channels)"
         )
-    if images.shape[1:] != expected or not len(images):
-        raise UserError(f"{path}: images {images.shape}; the model takes {('n', *expected)}")
+    if images.shape[1:] != image_shape or not len(images):
+        raise UserError(f"{path}: images {images.shape}; the model takes {('n', *image_shape)}")
     return images
 
 
@@ -181,41 +180,62 @@ def predict_files(
     Raises:
       UserError: no model there, images that cannot be read or do not fit, unknown features.
     """
+    model, variables, description = checkpoint.load_model(directory)
+    classes = description["class_names"]
+    if needs_classes:
+        check_classes(classes)
+    shape = (*model.image_shape, description["channels"])
+    names, batches, size = read_batches(places, shape, description["preprocessing"], batch_size)
+    return names, predict_batches(model, variables, batches, size, features), classes
+
+
+def read_batches(
+    places: Sequence[str | os.PathLike],
+    image_shape: tuple[int, int, int],
+    preprocessing: dict[str, Any],
+    batch_size: int,
+) -> tuple[list[str], Iterable[np.ndarray], int]:
+    """(names of the images, batches of float32 NHWC, normalised, the size of the largest one).
+
+    Args:
+      places: one .npy file, or image files and folders.
+      image_shape: (height, width, channels) that a model takes.
+      preprocessing: fields of `Preprocessing`, by which image files are prepared.
+      batch_size: of all batches but the last one.
+
+    Raises:
+      UserError: images that cannot be read or do not fit; of files, when their batch is read.
+    """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} must be at least 1")
-    model, variables, description = checkpoint.load_model(directory)
-    channels, classes = description["channels"], description["class_names"]
-    if needs_classes:
-        _check_classes(classes)
-    places = [storage.fetched(place, "images") for place in places]
-    first = places[0]
+    fetched = [storage.fetched(place, "images") for place in places]
+    first = fetched[0]
     if first.suffix.lower() == ".npy":
-        if len(places) > 1:
+        if len(fetched) > 1:
             raise UserError("give one .npy file, or image files and folders")
-        images = read_array(first, model, channels)
-        names = [str(i) for i in range(len(images))]
-        return names, predict_array(model, variables, images, batch_size, features), classes
+        images = read_array(first, image_shape)
+        _check_finite(images)
+        whole = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+        return [str(i) for i in range(len(images))], whole, min(batch_size, len(images))
 
-    paths = image_files.find(places)
-    preprocessing = image_files.Preprocessing(**description["preprocessing"])
+    files = image_files.find(fetched)
+    prepared = image_files.Preprocessing(**preprocessing)
 
     def batches() -> Iterator[np.ndarray]:
-        for i in range(0, len(paths), batch_size):
-            chunk = paths[i : i + batch_size]
-            pixels = [
-                image_files.read(path, model.image_shape, channels, preprocessing) for path in chunk
-            ]
-            yield preprocessing.normalise(np.stack(pixels))
+        height, width, channels = image_shape
+        for i in range(0, len(files), batch_size):
+            chunk = files[i : i + batch_size]
+            pixels = [image_files.read(path, (height, width), channels, prepared) for path in chunk]
+            yield prepared.normalise(np.stack(pixels))
 
-    batch_size = min(batch_size, len(paths))
-    predictions = predict_batches(model, variables, batches(), batch_size, features)
-    return [str(path) for path in paths], predictions, classes
+    return [str(path) for path in files], batches(), min(batch_size, len(files))
 
 
-# --- telling what was found ---------------------------------------------------------------------
+# --- what was found -------------------------------------------------------------------------------
 
 
-def _check_classes(class_names: Sequence[str]) -> None:
+def check_classes(class_names: Sequence[str]) -> None:
+    """Raise UserError for a model without a class head."""
     if not class_names:
         raise UserError("the model has no class head; --out FILE.npy writes its features")
 
@@ -224,7 +244,7 @@ def top_classes(
     logits: np.ndarray, class_names: Sequence[str], count: int = 5
 ) -> list[list[tuple[str, float]]]:
     """For each image its `count` most probable classes and their probabilities, best first."""
-    _check_classes(class_names)
+    check_classes(class_names)
     if count < 1:
         raise UserError(f"top {count} classes were asked for; expected at least 1")
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -239,7 +259,7 @@ def top_classes(
 def describe_allocation(allocations: np.ndarray) -> list[str]:
     """A line per layer: the allocations that its batches (or images) had, (n, L, K)."""
     lines = []
-    for layer, rows in enumerate(layers.allocations_by_frequency(allocations)):
+    for layer, rows in enumerate(layers.allocations_by_frequency(list(allocations))):
         more = f" (and {len(rows) - 1} others)" if len(rows) > 1 else ""
         shown = " ".join(map(str, rows[0]))
         lines.append(f"layer {layer}: query heads per key/value head {shown}{more}")
@@ -249,22 +269,22 @@ def describe_allocation(allocations: np.ndarray) -> list[str]:
 def write(
     path: str | os.PathLike,
     names: Sequence[str],
-    predictions: Predictions,
+    output: np.ndarray,
     class_names: Sequence[str],
     top: int = 5,
 ) -> None:
-    """Write .npy (the output, float32), .csv or .json (top classes); whole or not at all.
+    """Write the output of a model, whole or not at all: .npy, .csv or .json (top classes).
 
     Raises UserError: another kind of file, or it cannot be written.
     """
     check_output(path)
-    path = paths.place(path)
-    with workdir.written_file(path) as temporary:
-        if path.suffix == ".npy":
+    place = paths.place(path)
+    with workdir.written_file(place) as temporary:
+        if place.suffix == ".npy":
             with temporary.open("wb") as file:
-                np.save(file, predictions.output)
+                np.save(file, output)
         else:
-            content = _WRITERS[path.suffix](names, predictions.logits, class_names, top)
+            content = _WRITERS[place.suffix](names, output, class_names, top)
             temporary.write_bytes(content)
 
 

@@ -219,7 +219,8 @@ class KDGQA(_ByImportance):
         importance = IMPORTANCE[self.importance]
         if importance.by_images:
             return None
-        return self.allocate(importance.scores(None, memory, None, False), memory, num_heads)
+        scores = importance.scores(jnp.empty(0), memory, None, False)  # which no keys decide
+        return self.allocate(scores, memory, num_heads)
 
 
 def _check_window(name: str, window: int) -> None:

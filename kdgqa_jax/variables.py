@@ -81,7 +81,8 @@ def apply(
       (logits, the mutable collections in the layout of the model).
     """
     if model.scan_layers is not None or sharding.platform() not in SCANNED:
-        return model.apply(variables, images, **options)
+        logits, collections = model.apply(variables, images, **options)
+        return logits, dict(collections)
     stacked = {name: layers.stack_layers(tree) for name, tree in variables.items()}
     logits, collections = model.clone(scan_layers=True).apply(stacked, images, **options)
     return logits, {name: layers.unstack_layers(tree) for name, tree in collections.items()}

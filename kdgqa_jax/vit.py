@@ -142,7 +142,8 @@ class VisionTransformer(nn.Module):
     def image_shape(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         size = self.image_size
-        return tuple(size) if isinstance(size, list | tuple) else (size, size)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return height, width
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -33,6 +33,8 @@ def pytest_configure(config):
         if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones lack the flag
             flags = os.environ.get("XLA_FLAGS", "")
             os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+    # Where an operation was traced matters to no test, and is a tenth of what tracing costs.
+    os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
     # Processes that tests start need not run again for the sake of speed.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
     if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -61,6 +61,8 @@ WORKS: dict[str, tuple[str, ...]] = {
     "evaluate": ("--checkpoint=IN/model", "--dataset=folder:IN/tree"),
     "predict": ("--checkpoint=IN/model", "--images", "IN/tree"),
     "inspect": ("--checkpoint=IN/model",),
+    "export": ("--checkpoint=IN/model", "--out=OUT/model.npz", "--platforms=cpu"),
+    "card": ("--checkpoint=IN/model", "--out=OUT/card.md"),
     "analyse": ("--checkpoint=IN/model", "--images=IN/tree", "--out=OUT", "--noise-scales=1"),
     "report": ("--workdir=IN/run",),
     "compile": ("--config=testing", "--topology=v5e:2x2", "--python=IN/compiler"),

@@ -16,6 +16,7 @@ def figures(path):
     return {row["name"]: row for row in json.loads(path.read_text())["results"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["train", "eval"])
 def test_steps_take_turns_with_pytorch(capsys, tmp_path, what):
     flags = ["--rounds=2", "--variants=mha,gqa", "--peer=torch", f"--json={tmp_path / 'a.json'}"]
@@ -95,6 +96,7 @@ def test_bad_training_steps_are_refused(capsys, arguments, says):
     assert says in shown and shown.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_conversion_that_fails_is_one_sentence(capfd):
     assert cli.main(["bench", "convert", "--model=mu/16", "--pooling=svf"]) == 1
     shown = capfd.readouterr().err

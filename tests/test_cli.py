@@ -232,13 +232,14 @@ def numeric_flags():
 
 
 TEXTS = (flags.PATH, flags.PATH_OR_NONE, flags.SOURCE)
+ANY_NUMBER = ("--mean", "--std", "--suggest-kv-heads", "--noise-scales")
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "9" * 30, "9" * 5000, "", "x", "1.5.1"])
 def test_no_flag_takes_numbers_beyond_use(capsys, value):
     checked = 0
     for command, flag in numeric_flags():
-        takes = flag in ("--mean", "--std", "--suggest-kv-heads") and value in ("-1", "9" * 30)
+        takes = flag in ANY_NUMBER and value in ("-1", "9" * 30)
         if not takes:
             assert cli.main([*command.split(), f"{flag}={value}"]) == 2
             error = capsys.readouterr().err
@@ -254,8 +255,10 @@ NEEDED = {
     "convert": ["--source=a", "--out=b"],
     "predict": ["--checkpoint=a", "--images=b"],
     "inspect": ["--checkpoint=a"],
-    "analyse": ["--checkpoint=a", "--images=b", "--out=c"],
+    "export": ["--checkpoint=a", "--out=b"],
+    "card": ["--checkpoint=a"],
     "report": ["--workdir=a"],
+    "analyse": ["--checkpoint=a", "--images=b", "--out=c"],
     "merge-encoder": ["--source=a", "--num-kv-heads=2", "--out=b"],
     "evaluate": ["--checkpoint=a", "--dataset=digits"],
     "prepare": ["--dataset=digits"],

@@ -141,18 +141,20 @@ traced_once = jax.jit(augment.rand_augment, static_argnums=(2, 3))
 
 
 def cells():
-    """Every model x variant x recipe, each with one of the jobs: all of them come up in turn."""
-    jobs = list(JOBS)
-    for r, recipe in enumerate(_recipes.RECIPES):
-        for (m, model), (a, attention) in itertools.product(enumerate(MODELS), enumerate(VARIANTS)):
-            yield jobs[(r + m + a) % len(jobs)], recipe, model, attention
+    """Every model x variant; recipes and jobs come up in turn, so that each pair is met."""
+    jobs, recipes = list(JOBS), list(_recipes.RECIPES)
+    for (m, model), (a, attention) in itertools.product(enumerate(MODELS), enumerate(VARIANTS)):
+        yield jobs[(a + 2 * m) % len(jobs)], recipes[(a + m) % len(recipes)], model, attention
 
 
-def test_every_job_with_every_recipe_and_model_is_among_the_cells():
-    seen = {cell[:3] for cell in cells()}
-    assert seen == set(itertools.product(JOBS, _recipes.RECIPES, MODELS))
+def test_every_pair_of_job_recipe_model_and_variant_is_among_the_cells():
+    """But for jobs with variants, of which there are as many pairs as there are all cells twice."""
+    axes = list(JOBS), list(_recipes.RECIPES), list(MODELS), list(VARIANTS)
+    for i, j in ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3)):
+        assert {(c[i], c[j]) for c in cells()} == set(itertools.product(axes[i], axes[j]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("job", "recipe", "model", "attention"), list(cells()))
 def test_full_size_training_step_is_built_abstractly(monkeypatch, job, recipe, model, attention):
     monkeypatch.setattr(augment, "rand_augment", traced_once)

@@ -73,8 +73,8 @@ def test_reports_predict_where_it_can_be_said(tmp_path):
 
 def test_bands_are_those_of_the_front():
     """What is printed is what docs/results holds, to two decimals."""
-    place = pathlib.Path(__file__).parents[1] / "docs" / "results" / "front_digits" / "front.json"
-    gate = workdir.read_json(place)["gate"]
+    results = pathlib.Path(__file__).parents[1] / "docs" / "results"
+    gate = workdir.read_json(results / "front_dinov2_small" / "front.json")["gate_of_all"]
     assert gate["as printed"]["conversions"] >= 50
     for how, bands in forecast.MEASURED.items():
         for band, (limit, count, *cosines) in zip(bands, gate[how]["bands"], strict=True):
@@ -82,10 +82,14 @@ def test_bands_are_those_of_the_front():
 
 
 def test_sentences_promise_no_more_than_was_measured():
-    said = [forecast.forecast({"blocks_0": (0.0, share)}, True) for share in (0.001, 0.06, 0.16)]
-    assert said[0].startswith("under 1% of logits and values discarded")
-    assert "kept cosines of 0.98 to 1.00" in said[0]
-    assert said[1].startswith("3% of") and "cosines of 0.96 to 0.99" in said[1]
-    assert said[2].startswith("8% of") and "cosines of 0.96 to 0.98" in said[2]
-    assert "train afterwards" in forecast.forecast({"blocks_0": (0.9, 0.9)}, True)
-    assert "kept cosines" in forecast.forecast({"blocks_0": (0.9, 0.8)}, False)
+    for how, bands in forecast.MEASURED.items():
+        below = 0.0
+        for limit, count, least, largest in bands:
+            share = (below + limit) / 2
+            said = forecast.forecast({"blocks_0": (0.0, 2 * share)}, how == "calibrated")
+            assert f"{count} conversions like this" in said
+            assert f"cosines of {least:.2f} to {largest:.2f}" in said
+            below = limit
+        beyond = forecast.forecast({"blocks_0": (below, below + 0.1)}, how == "calibrated")
+        assert "train afterwards" in beyond and "cosines" not in beyond
+    assert forecast.forecast({"blocks_0": (0.0, 0.001)}, True).startswith("under 1% of logits")

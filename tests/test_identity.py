@@ -199,8 +199,9 @@ def test_a_study_does_not_mix_data(tmp_path, monkeypatch):
     root = tree(tmp_path / "photos")
     stages = ("pretrain", "uptrain", "finetune")
     settings = tiny_study(**{f"{stage}.data.name": f"folder:{root}" for stage in stages})
-    monkeypatch.setattr(study, "_run_seed", lambda *_: [])
-    monkeypatch.setattr(study.report, "write", lambda *_: None)
+    monkeypatch.setattr(study.jobs, "run", lambda *_: {})
+    monkeypatch.setattr(study, "_records", lambda *_: [])
+    monkeypatch.setattr(study, "_write", lambda *_: None)
     study.run_study(settings, tmp_path / "study")
     change(root, grow)  # nothing has begun on the old data
     study.run_study(settings, tmp_path / "study")

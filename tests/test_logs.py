@@ -240,9 +240,9 @@ def test_tensorboard_takes_nan(tmp_path):
     ("options", "modules", "says"),
     [
         ({"tensorboard": True}, ["tensorboardX", "tensorboardX.event_file_writer"],
-         "TensorBoard needs the package tensorboardX: pip install tensorboardX"),
+         "TensorBoard needs the package tensorboardX: pip install \"kdgqa-jax\\[train\\]\""),
         ({"wandb": "mine"}, ["wandb"],
-         "Weights & Biases needs the package wandb: pip install wandb"),
+         "Weights & Biases needs the package wandb: pip install \"kdgqa-jax\\[wandb\\]\""),
     ],
 )  # fmt: skip
 def test_missing_packages_are_one_sentence(tmp_path, monkeypatch, options, modules, says):

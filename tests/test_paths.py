@@ -3,6 +3,7 @@
 import pathlib
 import re
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -116,7 +117,8 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_functions_refuse_other_storage(call, monkeypatch):
     if call is CALLS["predict_files"]:
+        model = types.SimpleNamespace(image_shape=(8, 8))
         about = {"channels": 3, "class_names": [], "preprocessing": {}}
-        monkeypatch.setattr(checkpoint, "load_model", lambda path: (None, {}, about))
+        monkeypatch.setattr(checkpoint, "load_model", lambda path: (model, {}, about))
     with pytest.raises(UserError, match=REFUSED.format(".*")):
         call("hdfs://host/x")

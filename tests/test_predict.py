@@ -246,7 +246,7 @@ def huge(path):
 def test_files_that_hold_no_array(make_model, tmp_path, write, says):
     write(tmp_path / "x.npy")
     with pytest.raises(UserError) as error:
-        predict.read_array(tmp_path / "x.npy", make_model()[1], 3)
+        predict.read_array(tmp_path / "x.npy", (8, 8, 3))
     assert says in str(error.value) and "\n" not in str(error.value)
 
 

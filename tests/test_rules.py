@@ -73,6 +73,7 @@ def kdgqa(capsys, *arguments):
     return out
 
 
+@pytest.mark.slow
 def test_a_new_rule_is_trained_evaluated_inspected_and_converted(tmp_path, capsys):
     workdir = tmp_path / "run"
     result = train.train_and_evaluate(settings(), workdir)
@@ -129,6 +130,7 @@ def it_is_converted(model, tmp_path):
         convert.export(model, tmp_path / "query_variance.pth", to="released")
 
 
+@pytest.mark.slow
 def test_a_new_rule_in_parts_of_a_batch(registered):
     config = settings(batch_size=32)
     model = vit.create(**config.model.to_dict(), num_classes=10, depth=1)

@@ -107,6 +107,7 @@ def activations(found: dict) -> list:
 pytestmark = pytest.mark.slow  # seven compilations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["mha", "kdgqa"])
 def test_fsdp_gathers_parameters_only(attention):
     found = results()["fsdp"][attention]

@@ -266,6 +266,7 @@ def test_an_image_that_cannot_be_read_stops_the_run_and_keeps_what_is_saved(conf
     assert train.train_and_evaluate(settings, tmp_path / "run")["steps"] == 16
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_stop_the_run(config_file, tmp_path):
     settings = load(config_file, **{"optim.learning_rate": 1e30, "epochs": 12 * 32 / 320})
     with pytest.raises(UserError) as error:

@@ -128,11 +128,14 @@ def test_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, stop_at):
     assert figures(tmp_path) == figures(workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(True, False), (None, True)])
 def test_a_run_resumes_with_its_layers_in_the_other_layout(tmp_path, monkeypatch, before, after):
     def settings(scan_layers):
         changes = {"ema_decay": 0.9, "optim.freeze": ("pos_embed", "blocks_*/norm1")}
-        return tiny_config("dgqa_diff", **changes, **{"model.scan_layers": scan_layers})
+        changed = tiny_config("dgqa_diff", **changes, **{"model.scan_layers": scan_layers})
+        changed.model.name = "mini/4"  # which has two layers
+        return changed
 
     interrupt(settings(before), tmp_path / "run", 8)
     saved, restored = final_state(tmp_path / "run"), []
@@ -168,8 +171,9 @@ def test_seed_decides_the_run(whole_run, tmp_path):
     assert other["loss"] != result["loss"]
 
 
+@pytest.mark.slow
 def test_mha_learns_digits(tmp_path):
-    settings = tiny_config(epochs=8.0, log_every=50, checkpoint_every=1000)
+    settings = tiny_config(batch_size=64, epochs=5.0, log_every=50, checkpoint_every=1000)
     result = train.train_and_evaluate(settings, tmp_path)
     assert result["top1"] > 80
 
@@ -196,6 +200,7 @@ def test_start_from_another_model(whole_run, tmp_path):
     helpers.assert_close(before, after, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_parameters_of_half_precision_from_a_model_in_float32(whole_run, tmp_path, dtype):
     """Moments are float32: in float16 the epsilon of Adam would be zero, and the loss NaN."""
@@ -207,6 +212,7 @@ def test_parameters_of_half_precision_from_a_model_in_float32(whole_run, tmp_pat
     assert {x.dtype.name for x in jax.tree.leaves(variables["params"])} == {dtype}
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_first_checkpoint_does_not_lose_the_start(whole_run, tmp_path):
     """The run begins again from the model given by `init`, not from new weights."""
     workdir, _ = whole_run
@@ -239,6 +245,7 @@ def go_back(workdir, step):
             shutil.rmtree(path)
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite(monkeypatch, poison, tmp_path):
     """They stop a run; it goes on under `skip`, which leaves them out, and then under `stop`."""
     read = train.pipeline.TrainBatches.__next__
@@ -267,6 +274,7 @@ def test_numbers_that_are_not_finite(monkeypatch, poison, tmp_path):
     assert again["skipped_updates"] == 1
 
 
+@pytest.mark.slow
 def test_the_best_model_is_kept(tmp_path):
     """Also by a run that goes on, which knows the tests before."""
     often = {"keep_best": "loss", "eval_every_epochs": 2 * 32 / 1437}

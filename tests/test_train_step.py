@@ -105,6 +105,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attention", "changes"), CASES)
 def test_four_parts_of_a_batch_equal_the_whole(attention, changes):
     """Batch scope included: parts use the allocation of the whole batch."""
@@ -122,6 +123,7 @@ def test_four_parts_of_a_batch_equal_the_whole(attention, changes):
         assert np.ptp(whole[1][0]["allocation"]) > 0
 
 
+@pytest.mark.slow
 def test_a_microbatch_is_another_way_to_say_how_many_parts_there_are():
     programs = []
     for changes in ({"microbatch": 16}, {"accumulate": 4}, {}):

@@ -59,7 +59,7 @@ def summarise(directory: str | os.PathLike) -> tuple[list[tuple[str, str]], list
         "of key and value projections": f"{key_value:,}",
         "converted from": description.get("converted", {}).get("source", "(trained)"),
     }
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for i, allocation in enumerate(fixed_allocations(model, memory)):
         kernel = np.asarray(params[f"blocks_{i}"]["attn"]["key"]["kernel"], np.float32)  # DKH
         kept = memory.get(f"blocks_{i}", {}).get("attn", {})

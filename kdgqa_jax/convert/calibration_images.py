@@ -30,7 +30,7 @@ class CalibrationImages:
     def read(
         self, shape: tuple[int, int], channels: int, preprocessing: image_files.Preprocessing
     ) -> np.ndarray:
-        """(n, *shape, channels) float32, prepared and normalised as a checkpoint says.
+        """`(n, *shape, channels)` float32, prepared and normalised as a checkpoint says.
 
         Raises UserError: no such data set or folder, images that cannot be read, a count below 1,
         a number of channels other than 1 and 3.

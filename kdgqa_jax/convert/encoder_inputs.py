@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kdgqa_jax import paths
+from kdgqa_jax import extras, paths
 from kdgqa_jax.convert.encoders import Encoder
 from kdgqa_jax.convert.formats import first_line
 from kdgqa_jax.errors import UserError
@@ -164,12 +164,9 @@ def _tokenised(texts: list[str], encoder: Encoder) -> Iterator[Batch]:
 
 
 def _tokenizer(path: pathlib.Path) -> Any:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise UserError(
-            'texts need tokenizers: pip install "kdgqa-jax[encoders]"; or give token ids as .npy'
-        ) from None
+    extras.needs("tokenizers", "reading texts", instead="give token ids as .npy")
+    from tokenizers import Tokenizer
+
     if not path.is_file():
         raise UserError(
             f"{path} not found, which texts need; save a fast tokenizer there, or give token ids as"

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from kdgqa_jax import checkpoint, layers, options, vit, workdir
+from kdgqa_jax import checkpoint, extras, layers, options, vit, workdir
 from kdgqa_jax.convert import files, foreign, structure
 from kdgqa_jax.convert.formats import METADATA_KEY, Arrays
 from kdgqa_jax.convert.sources import LAYOUTS
@@ -130,12 +130,9 @@ def _released(
     model: vit.VisionTransformer, variables: dict[str, Any], description: dict[str, Any]
 ) -> tuple[Arrays, dict[str, Any], Any]:
     """(arrays, no metadata, what writes them to a path)."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            'writing a .pth file needs torch: pip install "kdgqa-jax[torch]", or use safetensors'
-        ) from None
+    extras.needs("torch", "writing a .pth file", instead="use safetensors")
+    import torch
+
     arrays = _arrays(model, variables, "released")
 
     def tensor(x: np.ndarray) -> torch.Tensor:

@@ -5,7 +5,6 @@ memory than a few times its size, whatever it declares to hold.
 """
 
 import collections
-import importlib.util
 import json
 import math
 import pathlib
@@ -18,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from kdgqa_jax import extras
 from kdgqa_jax.errors import UserError, one_line, some
 
 Arrays = dict[str, np.ndarray]
@@ -181,11 +181,11 @@ def _check_npy(file: Any, size: int) -> None:
 
 
 def _read_torch(path: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
-    if importlib.util.find_spec("torch") is None:
-        raise UserError(
-            f"{path} is a PyTorch file, and reading it needs torch: pip install"
-            ' "kdgqa-jax[torch]", or save it as safetensors where torch is'
-        )
+    extras.needs(
+        "torch",
+        f"{path} is a PyTorch file, and reading it",
+        instead="save it as safetensors where torch is",
+    )
     tensors = _state_dict(path, _torch_load(path))
     _refuse_special(path, {name: kind for name, x in tensors.items() if (kind := _special(x))})
     # Views can declare any size: of an expanded tensor, or of many that share one storage.

@@ -5,14 +5,14 @@ A split is random access: `len(split)` and `split[i] -> {"image": uint8 HWC, "la
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
-from kdgqa_jax import paths, storage
+from kdgqa_jax import extras, paths, storage
 from kdgqa_jax.data import idx, packages, tfds_source, trees
 from kdgqa_jax.data.dataset import ArraySplit, Dataset
+from kdgqa_jax.data.shifts import SHIFTS, ShiftedSplit
 from kdgqa_jax.errors import UserError, unknown
 
 __all__ = ["SHIFTS", "SOURCES", "ArraySplit", "Dataset", "Source", "load", "prepare"]
@@ -51,7 +51,7 @@ class Source:
     images: tuple[int, int] | None = None
 
     def how_to(self, name: str, data_dir: str) -> str:
-        """How the files are had, in one sentence."""
+        """How to obtain the files, in one sentence."""
         return self.how.format(name=name, data_dir=data_dir or "DIR")
 
 
@@ -60,6 +60,7 @@ class Source:
 
 def _digits(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
     """scikit-learn's 1,797 real 8x8 grey images; 1,437 to train, 360 to test, always the same."""
+    extras.needs("sklearn", f"data set {name!r}")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -182,36 +183,6 @@ SOURCES: dict[str, Source] = {
     ),
 }  # fmt: skip
 """Data sets by name; of those with a colon, what stands before it is the name."""
-
-
-# --- Shifted versions ---------------------------------------------------------------------------
-
-SHIFTS: dict[str, Callable[[np.ndarray], np.ndarray] | None] = {
-    "none": None,
-    "negative": lambda image: 255 - image,  # dark on light
-    "quarter_turn": lambda image: np.rot90(image, axes=(0, 1)),  # counter-clockwise
-    "negative_quarter_turn": lambda image: 255 - np.rot90(image, axes=(0, 1)),
-}
-"""Fixed changes of every image, HWC -> HWC, that make a related data set to fine-tune on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ShiftedSplit:
-    """A split whose images went through one of `SHIFTS`."""
-
-    split: Sequence[dict[str, Any]]
-    shift: str
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.split[index]
-        return {**item, "image": np.ascontiguousarray(SHIFTS[self.shift](item["image"]))}
-
-    def listing(self) -> Iterator[bytes]:
-        """That of the split: see `dataset`."""
-        return self.split.listing()
 
 
 # --- By name ------------------------------------------------------------------------------------

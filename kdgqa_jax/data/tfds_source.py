@@ -5,7 +5,6 @@ of the data set nor the network. Only `prepare` downloads, and only it needs Ten
 """
 
 import difflib
-import importlib.util
 import io
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdgqa_jax import extras
 from kdgqa_jax.data import images
 from kdgqa_jax.data.dataset import Dataset
 from kdgqa_jax.errors import UserError, one_line
@@ -283,10 +283,7 @@ def prepare(name: str, tfds_name: str, data_dir: str, manual_files: Sequence[str
             f"data set {name!r} cannot be downloaded by a program: put {' and '.join(missing)}"
             f" into {manual}, then run this again"
         )
-    if importlib.util.find_spec("tensorflow") is None:
-        raise UserError(
-            f"preparing data set {name!r} needs TensorFlow, once: pip install 'kdgqa-jax[prepare]'"
-        )
+    extras.needs("tensorflow", f"preparing data set {name!r}, which is done once,")
     import tensorflow_datasets as tfds
 
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # ten retries for each file

@@ -23,7 +23,7 @@ def refit_output(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Ridge regression of a target on the outputs of the heads, towards the present weights.
 
-    Minimises E|y - W^T a - b|^2 + r |W - W_o|^2 over W and b, where a is all heads' output before
+    Minimises `E|y - W^T a - b|^2 + r |W - W_o|^2` over W and b, where a is all heads' output before
     the output projection and y the residual update that is wanted.
 
     Args:
@@ -123,7 +123,7 @@ class Sums:
         return {"kernel": kernel} | ({} if bias is None else {"bias": bias})
 
     def missed(self, projection: dict[str, np.ndarray]) -> float:
-        """E|y - W^T a - b|^2 as a share of the variance of y."""
+        """`E|y - W^T a - b|^2` as a share of the variance of y."""
         a, y = self._mean("input_mean"), self._mean("target_mean")
         kernel = projection["kernel"].reshape(len(a), -1)
         covariance = self._mean("inputs") - np.outer(a, a)

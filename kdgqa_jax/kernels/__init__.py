@@ -10,6 +10,7 @@ one file and one row; `PREFERRED` says where it is used without being asked for.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -34,7 +35,7 @@ class Implementation:
         where it can.
     """
 
-    attention: Callable[..., Array]
+    attention: Callable[..., Any]
     refusal: Callable[..., str | None] = lambda *arguments: None
 
 
@@ -113,7 +114,7 @@ def grouped_attention(
     _check_shapes(query, key, value, group_index)
     arguments = (query, key, value, group_index, mask)
     changes_maps = transform_maps is not None or dropout_rate > 0.0
-    name = _implementation(implementation, expansion, changes_maps, return_maps, arguments)
+    name = _implementation(implementation, expansion, changes_maps, return_maps, key, arguments)
     if name != "xla":
         return IMPLEMENTATIONS[name].attention(*arguments)
     return xla.attention(
@@ -131,6 +132,7 @@ def _implementation(
     expansion: str | None,
     changes_maps: bool,
     return_maps: bool,
+    key: Array,
     arguments: tuple[Array | None, ...],
 ) -> str:
     """The name of the implementation that serves, or UserError."""
@@ -140,7 +142,7 @@ def _implementation(
         raise unknown("implementation", asked, IMPLEMENTATIONS)
     if asked in (None, "xla"):
         makes_maps = changes_maps or return_maps
-        return "xla" if asked or makes_maps or expansion else _preferred(arguments)
+        return "xla" if asked or makes_maps or expansion else _preferred(key, arguments)
     if changes_maps:
         why = "it makes no attention maps, which dropout and noise on them need"
     elif expansion is not None:
@@ -148,7 +150,7 @@ def _implementation(
     elif return_maps:  # whoever looks at them needs them in memory
         return "xla"
     else:
-        why = IMPLEMENTATIONS[asked].refusal(*arguments)
+        why = IMPLEMENTATIONS[asked].refusal(*arguments) or ""
     if why:
         raise UserError(
             f"attention implementation {asked!r} cannot serve here: {why}; take 'xla', or leave the"
@@ -157,8 +159,8 @@ def _implementation(
     return asked
 
 
-def _preferred(arguments: tuple[Array | None, ...]) -> str:
-    tokens = arguments[1].shape[1]
+def _preferred(key: Array, arguments: tuple[Array | None, ...]) -> str:
+    tokens = key.shape[1]
     for name, least in PREFERRED.get(sharding.platform(), ()):
         if tokens >= least and IMPLEMENTATIONS[name].refusal(*arguments) is None:
             return name
