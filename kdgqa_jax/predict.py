@@ -208,17 +208,17 @@ def read_batches(
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} must be at least 1")
-    places = [storage.fetched(place, "images") for place in places]
-    first = places[0]
+    files = [storage.fetched(place, "images") for place in places]
+    first = files[0]
     if first.suffix.lower() == ".npy":
-        if len(places) > 1:
+        if len(files) > 1:
             raise UserError("give one .npy file, or image files and folders")
         images = read_array(first, image_shape)
         _check_finite(images)
         whole = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
         return [str(i) for i in range(len(images))], whole, min(batch_size, len(images))
 
-    paths = image_files.find(places)
+    paths = image_files.find(files)
     prepared = image_files.Preprocessing(**preprocessing)
 
     def batches() -> Iterator[np.ndarray]:
@@ -278,13 +278,13 @@ def write(
     Raises UserError: another kind of file, or it cannot be written.
     """
     check_output(path)
-    path = paths.place(path)
-    with workdir.written_file(path) as temporary:
-        if path.suffix == ".npy":
+    place = paths.place(path)
+    with workdir.written_file(place) as temporary:
+        if place.suffix == ".npy":
             with temporary.open("wb") as file:
                 np.save(file, output)
         else:
-            content = _WRITERS[path.suffix](names, output, class_names, top)
+            content = _WRITERS[place.suffix](names, output, class_names, top)
             temporary.write_bytes(content)
 
 
