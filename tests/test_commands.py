@@ -41,6 +41,7 @@ BY = {
     r"predict": "tests/test_predict.py",
     r"export": "tests/test_exported.py",
     r"card": "tests/test_card.py",
+    r"doctor": "tests/test_doctor.py",
     r"inspect": "tests/test_predict.py",
     r"doctor": "tests/test_doctor.py",
     r"analyse": "tests/test_similarity.py",
