@@ -43,7 +43,6 @@ BY = {
     r"card": "tests/test_card.py",
     r"doctor": "tests/test_doctor.py",
     r"inspect": "tests/test_predict.py",
-    r"doctor": "tests/test_doctor.py",
     r"analyse": "tests/test_similarity.py",
     r"report": "tests/test_report.py",
 }  # fmt: skip
