@@ -143,7 +143,7 @@ def run_doctor(arguments: argparse.Namespace) -> None:
     """What the machine has, and what would hold a run back."""
     import jax
 
-    from kdgqa_jax import doctor
+    from kdgqa_jax import doctor, processes
 
     _check_json("--json", arguments.json)
     _join(arguments)
@@ -151,8 +151,6 @@ def run_doctor(arguments: argparse.Namespace) -> None:
     if jax.process_index() == 0:
         _write_figures(arguments, [found])
     if arguments.multihost:
-        from kdgqa_jax import processes
-
         processes.part()
 
 

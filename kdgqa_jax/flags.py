@@ -182,13 +182,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coordinator", help="HOST:PORT of process 0; none: found by JAX")
     parser.add_argument("--num-processes", type=POSITIVE, help="how many; none: found by JAX")
     parser.add_argument("--process-id", type=COUNT, help="of this one; none: found by JAX")
-    parser.add_argument(
-        "--join-timeout",
-        type=POSITIVE,
-        default=300,
-        metavar="SECONDS",
-        help="to wait for the others at the start",
-    )
+    parser.add_argument("--join-timeout", type=POSITIVE, default=300, help="seconds, at the start")
 
 
 CALIBRATION_OPTIONS: dict[str, dict] = {
