@@ -14,7 +14,6 @@ project = "kdgqa-jax"
 release = __version__
 copyright = "the authors of kdgqa-jax, Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["results"]  # reports of runs, as they were written
 html_theme = "furo"
 html_title = f"kdgqa-jax {release}"
 default_role = "code"  # docstrings set names in single backticks
