@@ -10,7 +10,7 @@ position embedding. `create("S/16", attention="kdgqa", num_kv_heads=3)` builds a
 import dataclasses
 import numbers
 import re
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -142,8 +142,8 @@ class VisionTransformer(nn.Module):
     def image_shape(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         size = self.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        return height, width
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        return cast(tuple[int, int], sides)  # which `create` checks
 
     @property
     def grid(self) -> tuple[int, int]:

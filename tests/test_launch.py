@@ -58,8 +58,14 @@ def test_the_command_of_a_script_runs(script, tmp_path):
         "CONFIG": "testing:attention=gqa",
         "WORKDIR": str(tmp_path / "run"),
     }  # fmt: skip
+    del environment["PYTHONPATH"]  # the package as it is installed: with its configs
     ended = subprocess.run(
-        [script, *FLAGS], env=environment, capture_output=True, text=True, timeout=300
+        [script, *FLAGS],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert ended.returncode == 0, ended.stderr
     several = script.name in ("slurm.sh", "tpu_slice.sh", "xpk.sh")
