@@ -6,6 +6,7 @@ is no more than what the names of objects begin with.
 
 import dataclasses
 import importlib
+import logging
 import os
 import pathlib
 import re
@@ -80,6 +81,8 @@ def place(path: str | os.PathLike, what: str = "path") -> Path:
             f"{what} {text!r} needs the package {package}: pip install {package}, or"
             ' "kdgqa-jax[cloud]"'
         ) from None
+    # It logs each failure with a traceback; ours is one sentence.
+    logging.getLogger(package).setLevel(logging.CRITICAL)
     # Other processes write too: what was listed a moment ago is no longer what is there.
     fsspec.config.conf.setdefault(scheme[1], {}).setdefault("use_listings_cache", False)
     return epath.Path(text.rstrip("/"))
