@@ -72,6 +72,8 @@ class StateCheckpoints:
         self.directory = directory
         self._mirror: storage.Mirror | None = None  # on the first process
         self._uploads = concurrent.futures.ThreadPoolExecutor(1)
+        # Failures are reported by us; threads of Orbax log theirs even after that.
+        logging.getLogger("absl").addFilter(_not_of_orbax)
         with self._reported("read"):
             self._checkpointer = ocp.training.Checkpointer(
                 directory if paths.orbax_writes(directory) else self._local_folder(),
@@ -325,22 +327,23 @@ def _one_line(error: Exception) -> str:
     return disk or f"{type(error).__name__}: {text[start : start + 160]}"
 
 
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the log of Orbax, which reports every damaged array in a hundred lines."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    hook = sys.unraisablehook
+    """Without tracebacks of what was left alone when something else failed."""
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    level = logger.level
     try:
         sys.unraisablehook = lambda unraisable: None
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
+        logger.setLevel(logging.CRITICAL)
         yield
         gc.collect()  # tasks that were left alone complain when they are collected
     finally:
         sys.unraisablehook = hook
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logger.setLevel(level)
 
 
 # --- Model directories --------------------------------------------------------------------------

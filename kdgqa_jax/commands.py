@@ -333,7 +333,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     _check_json("--out", arguments.out)
     if arguments.seed and arguments.probe != "linear":
         raise UserError("--seed belongs to --probe linear")
-    result, class_names = _probed(arguments) if arguments.probe else _evaluated(arguments)
+    result, class_names = _figures(arguments)
     by_class = result.pop("per_class", None)
     rows = []
     if by_class:
@@ -361,38 +361,29 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         say(f"written: {arguments.out}")
 
 
-def _evaluated(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]]:
-    from kdgqa_jax import evaluate
+def _figures(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(figures, class names) of the model, or of a probe of its features."""
+    given = (arguments.checkpoint, arguments.dataset)
+    options = {
+        "data_dir": arguments.data_dir,
+        "shift": arguments.shift,
+        "batch_size": arguments.batch_size,
+        "per_class": arguments.per_class,
+    }
+    if not arguments.probe:
+        from kdgqa_jax import evaluate
 
-    return evaluate.evaluate_directory(
-        arguments.checkpoint,
-        arguments.dataset,
-        arguments.data_dir,
-        split=arguments.split,
-        shift=arguments.shift,
-        batch_size=arguments.batch_size,
-        per_class=arguments.per_class,
-        compare_names=not arguments.ignore_class_names,
-    )
-
-
-def _probed(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]]:
+        names = not arguments.ignore_class_names
+        return evaluate.evaluate_directory(
+            *given, **options, split=arguments.split, compare_names=names
+        )
     from kdgqa_jax import probes
 
     if arguments.split != "test":
         raise UserError("--probe is fitted to the training images; leave --split train out")
     if arguments.ignore_class_names:
         raise UserError("--probe reads no class names of the model; leave --ignore-class-names out")
-    return probes.probe_directory(
-        arguments.checkpoint,
-        arguments.dataset,
-        arguments.probe,
-        arguments.data_dir,
-        shift=arguments.shift,
-        batch_size=arguments.batch_size,
-        per_class=arguments.per_class,
-        seed=arguments.seed,
-    )
+    return probes.probe_directory(*given, arguments.probe, **options, seed=arguments.seed)
 
 
 def _check_json(flag: str, path: str | None) -> None:

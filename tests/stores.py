@@ -123,4 +123,14 @@ def running(scheme: str, cache: str):
     with STORES[scheme]() as store, pytest.MonkeyPatch.context() as patch:
         for name, value in {**store.environment, "KDGQA_CACHE": os.fspath(cache)}.items():
             patch.setenv(name, value)
+        _forget_file_systems(scheme)
         yield store
+
+
+def _forget_file_systems(scheme: str) -> None:
+    """They are kept by the process, with the address of the emulator that they were made for."""
+    import fsspec
+    from etils.epath import backend
+
+    fsspec.get_filesystem_class(scheme).clear_instance_cache()
+    backend.fsspec_backend._get_filesystem.cache_clear()

@@ -226,17 +226,18 @@ def _place_multiplier(moves: Moves, shape: tuple[int, int]) -> Callable[[Array, 
         rows = {k: values[k] for k, named in enumerate(moves.axes) if named in axes}
         return _taker(rows, keep and len(rows) < len(moves.axes))
 
-    across, along = take(columns[0], "x", "xy", keep=True), take(row, "y", "xy", keep=True)
-    if "xy" in moves.axes:
-        below = y - 1 + _offset(fixed_y, x, y - 1) == row
-        along = take(jnp.where(below, -1, row), "y", "xy", keep=True)
+    turns = "xy" in moves.axes
+    below = y - 1 + _offset(fixed_y, x, y - 1) == row if turns else False
+    across = take(columns[0], "x", "xy", keep=True)
+    along = take(jnp.where(below, -1, row), "y", "xy", keep=True)
+    if turns:
         across_too = take(columns[1], "xy", keep=False)
         along_too = take(jnp.where(below, row, -1), "xy", keep=False)
 
     def move(planes: Array, kind: Array) -> Array:
         turned = planes.swapaxes(2, 3)
         moved = along(across(turned, kind).swapaxes(2, 3), kind)
-        if "xy" in moves.axes:
+        if turns:
             moved += along_too(across_too(turned, kind).swapaxes(2, 3), kind)
         return moved.astype(jnp.uint8)
 

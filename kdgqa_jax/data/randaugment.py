@@ -433,7 +433,6 @@ def _rand_augment(images: Array, keys: Array, num_ops: int, magnitude: int, bins
     def step(planes: Array, drawn: tuple[Array, Array]) -> tuple[Array, None]:
         return _apply(planes, *drawn, moves), None
 
-    # Unrolled, since a loop fixes the layout of images between operations.
     drawn = (op_index.T, (pixels.pick(strength, op_index) * sign).T)
-    planes = jax.lax.scan(step, jnp.moveaxis(images, 3, 1), drawn, unroll=2)[0]
+    planes = jax.lax.scan(step, jnp.moveaxis(images, 3, 1), drawn)[0]
     return jnp.moveaxis(planes, 1, 3)
