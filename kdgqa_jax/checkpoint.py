@@ -72,8 +72,7 @@ class StateCheckpoints:
         self.directory = directory
         self._mirror: storage.Mirror | None = None  # on the first process
         self._uploads = concurrent.futures.ThreadPoolExecutor(1)
-        # Failures are reported by us; threads of Orbax log theirs even after that.
-        logging.getLogger("absl").addFilter(_not_of_orbax)
+        logging.getLogger("absl").addFilter(_not_of_orbax)  # threads log late what we report
         with self._reported("read"):
             self._checkpointer = ocp.training.Checkpointer(
                 directory if paths.orbax_writes(directory) else self._local_folder(),
