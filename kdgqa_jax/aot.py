@@ -6,6 +6,7 @@ are enough to compile a training step for a TPU slice.
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -162,15 +163,24 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Operation:
-    """A line of a program: its kind, what its results are, and the computations that it runs."""
+class Operation:
+    """A line of a program.
 
+    Attributes:
+      id: its name in the program, which a trace has too.
+      kind: as "fusion" or "dot".
+      shapes: (dtype, shape) of its results.
+      text: what stands behind the equals sign.
+    """
+
+    id: str
     kind: str
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     text: str
 
     @property
     def name(self) -> str:
+        """Its name in the model."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found[1] if found else ""
 
@@ -180,7 +190,7 @@ class _Operation:
         found = re.search(r"calls=%([\w.\-]+)", self.text)
         return found[1] if found else ""
 
-    def runs(self, computations: dict[str, list["_Operation"]]) -> Iterator[tuple[str, int]]:
+    def _runs(self, computations: dict[str, list["Operation"]]) -> Iterator[tuple[str, int]]:
         """(computation, how often it is run); of a conditional the last branch, which does work."""
         if self.kind == "while":
             body = re.search(r"body=%([\w.\-]+)", self.text)
@@ -193,7 +203,7 @@ class _Operation:
         elif self.kind == "call":
             yield re.search(r"to_apply=%([\w.\-]+)", self.text)[1], 1
 
-    def _trips(self, computations: dict[str, list["_Operation"]]) -> int:
+    def _trips(self, computations: dict[str, list["Operation"]]) -> int:
         """How often a loop is run: as it says, or until it reaches the number in its condition."""
         if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"', self.text):
             return int(stated[1])
@@ -207,7 +217,7 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def _collectives(
-    operation: _Operation, computations: dict[str, list[_Operation]], seen: set[str]
+    operation: Operation, computations: dict[str, list[Operation]], seen: set[str]
 ) -> Iterator[tuple[str, Shapes, str]]:
     """(kind, shapes, name) of the collectives of an operation, fused ones among them.
 
@@ -229,31 +239,39 @@ def _collectives(
             yield match[1], o.shapes, operation.name or o.name
 
 
-def _computations(text: str) -> dict[str, list[_Operation]]:
+def _computations(text: str) -> dict[str, list[Operation]]:
     """The operations of each computation of a program; that of the entry is called ""."""
-    found: dict[str, list[_Operation]] = {}
-    operations: list[_Operation] = []
+    found: dict[str, list[Operation]] = {}
+    operations: list[Operation] = []
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
             operations = found.setdefault("" if head[1] else head[2], [])
-        elif match := re.match(r"\s+(?:ROOT )?%[\w.\-]+ = (.*)$", line):
-            kind = re.search(r"(?:^|[\s)}])([a-z][\w\-]*)\(", match[1])
-            results = match[1][: kind.start(1)] if kind else match[1]
+        elif match := re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)$", line):
+            kind = re.search(r"(?:^|[\s)}])([a-z][\w\-]*)\(", match[2])
+            results = match[2][: kind.start(1)] if kind else match[2]
             shapes = tuple(
                 (dtype, tuple(int(n) for n in sides.split(",") if n))
                 for dtype, sides in re.findall(r"(pred|[suf]\d+|bf16)\[([\d,]*)\]", results)
             )
-            operations.append(_Operation(kind[1] if kind else "", shapes, match[1]))
+            operations.append(Operation(match[1], kind[1] if kind else "", shapes, match[2]))
     return found
 
 
+def operations(text: str) -> Iterator[tuple[Operation, list[Operation]]]:
+    """(operation, those that are fused into it) of a whole program, given as its text."""
+    computations = _computations(text)
+    for operation in itertools.chain.from_iterable(computations.values()):
+        fused = operation.kind == "fusion"
+        yield operation, computations.get(operation.calls, []) if fused else []
+
+
 def _executed(
-    computations: dict[str, list[_Operation]], name: str = "", times: int = 1
-) -> Iterator[tuple[_Operation, int]]:
+    computations: dict[str, list[Operation]], name: str = "", times: int = 1
+) -> Iterator[tuple[Operation, int]]:
     """Every operation that is run on its own, with how often."""
     for operation in computations.get(name, []):
         yield operation, times
-        for inner, trips in operation.runs(computations):
+        for inner, trips in operation._runs(computations):
             yield from _executed(computations, inner, times * trips)
 
 

@@ -55,7 +55,11 @@ def add_bench_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the computation")
     parser.add_argument("--rounds", type=COUNT, default=5, help="of steps; 0: compile only")
     parser.add_argument("--peer", choices=["torch"], help="also a ViT of PyTorch, by turns")
-    parser.add_argument("--profile", type=PATH, help="directory for a trace of one more round")
+    parser.add_argument(
+        "--profile",
+        type=PATH,
+        help="directory for traces of one more round, and a table of where time goes",
+    )
     _add_json(parser)
 
 

@@ -1,11 +1,12 @@
 """Benchmarks run and print what they promise; their numbers are not tested."""
 
+import collections
 import json
 
 import pytest
 
 from kdgqa_jax import cli, vit
-from kdgqa_jax.bench import conversion, peer, steps
+from kdgqa_jax.bench import conversion, parts, peer, steps
 from kdgqa_jax.bench import data as bench_data
 from kdgqa_jax.errors import UserError
 
@@ -26,9 +27,33 @@ def test_steps_take_turns_with_pytorch(capsys, tmp_path, what):
     assert [peer["name"].split()[0], mha["name"], gqa["name"]] == ["torch", "mha", "gqa"]
     assert all(row["seconds"] > 0 and row["rate"] > 0 for row in rows.values())
     assert gqa["argument_bytes"] < mha["argument_bytes"] and gqa["temporary_bytes"] > 0
-    assert next((tmp_path / "trace").rglob("*.xplane.pb"))
+    assert all(next((tmp_path / "trace" / name).rglob("*.xplane.pb")) for name in ("mha", "gqa"))
+    for row in rows.values():
+        assert {"linear layers", "attention", "activation", "norms"} <= row["parts"].keys()
+        assert all(seconds > 0 for seconds in row["parts"].values())
+        assert ("optimizer" in row["parts"]) == (what == "train")
     shown = capsys.readouterr().out
     assert f"{what} step: mu/4, batch 4, float32" in shown and "1.000" in shown
+    assert "seconds of one step by kind of operation" in shown
+
+
+def test_where_operations_run_at_once_time_is_shared():
+    """Of a trace as the profiler writes it: two threads, and an event around others."""
+    event = collections.namedtuple("event", "start_ns duration_ns name")
+    outer, inner = event(0, 10, "run"), event(2, 3, "dot.1")
+    assert list(parts._exclusive([inner, outer])) == [
+        (0, 2, "run"),
+        (2, 5, "dot.1"),
+        (5, 10, "run"),
+    ]
+    assert list(parts._exclusive([])) == []
+    kinds = {"a": "norms", "b": "attention", "dot": "linear layers"}
+    spans = [(0, 4, "a"), (2, 6, "b"), (6, 7, "dot"), (9, 10, "a")]
+    assert parts._shared(spans, kinds, {"dot"}) == {
+        "norms": 4.0,
+        "attention": 3.0,
+        "linear layers": 3.0,
+    }
 
 
 def test_steps_can_be_compiled_alone(capsys, tmp_path):

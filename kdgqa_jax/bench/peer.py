@@ -5,6 +5,7 @@ Started as a script, this file is that process. It imports PyTorch and nothing o
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -27,10 +28,17 @@ class Peer:
 
     def step(self) -> float:
         """Run one step there; its seconds. Raises UserError if the process has failed."""
+        return self._ask("step")["seconds"]
+
+    def parts(self) -> dict[str, float]:
+        """Run one step there under its profiler; seconds by kind, see `bench.parts`. On CPUs."""
+        return self._ask("parts")["parts"]
+
+    def _ask(self, what: str) -> dict[str, Any]:
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write("step\n")
+            self._process.stdin.write(f"{what}\n")
             self._process.stdin.flush()
-        return self._read()["seconds"]
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         from kdgqa_jax.errors import UserError, one_line
@@ -151,14 +159,44 @@ def _make_step(options: dict[str, Any]) -> tuple[Callable[[], float], str]:
     return step, name
 
 
+_KINDS = (
+    ("optimizer", r"Optimizer\.step"),
+    ("linear layers", r"linear|addmm|aten::mm|convolution|AddmmBackward|MmBackward|TBackward"),
+    ("attention", r"attention|Attention"),
+    ("activation", r"gelu|Gelu"),
+    ("norms", r"layer_norm|LayerNorm"),
+    ("copies and slices", r"aten::(cat|clone|contiguous|copy_|fill_|slice_backward|zero_)"),
+)
+"""Kinds of operations by their names in PyTorch, as far as there are the ones of `parts.KINDS`."""
+
+
+def _parts(step: Callable[[], float]) -> dict[str, float]:
+    """Seconds by kind of operation of one step; an operation is of its own kind or its caller's."""
+    import torch
+
+    with torch.profiler.profile() as profile:
+        step()
+    seconds: dict[str, float] = {}
+    for event in profile.events():
+        callers, caller = [], event
+        while caller is not None:
+            callers.append(caller.name)
+            caller = caller.cpu_parent
+        found = (kind for name in callers for kind, pattern in _KINDS if re.search(pattern, name))
+        kind = next(found, "other")
+        seconds[kind] = seconds.get(kind, 0.0) + event.self_cpu_time_total * 1e-6
+    return seconds
+
+
 def _serve() -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever libraries print
     try:
         step, name = _make_step(json.loads(sys.argv[1]))
         print(json.dumps({"name": name}), file=answers, flush=True)
-        for _ in sys.stdin:
-            print(json.dumps({"seconds": step()}), file=answers, flush=True)
+        for line in sys.stdin:
+            answer = {"parts": _parts(step)} if line.strip() == "parts" else {"seconds": step()}
+            print(json.dumps(answer), file=answers, flush=True)
     except Exception as error:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
 

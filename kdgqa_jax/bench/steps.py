@@ -15,8 +15,10 @@ import numpy as np
 from kdgqa_jax import aot, memory, sharding, starting, train, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax.attention import VARIANTS, variant_name
+from kdgqa_jax.bench import parts
 from kdgqa_jax.bench import peer as peer_lib
 from kdgqa_jax.console import table
+from kdgqa_jax.errors import UserError
 from kdgqa_jax.train_step import init_state
 
 MIB = 2**20
@@ -52,9 +54,13 @@ def bench_config(
 
 @dataclasses.dataclass
 class _Run:
-    """One row: what runs a step and returns its seconds, its FLOPs, and what is known of it."""
+    """One row: what runs a step and returns its seconds, its FLOPs, and what is known of it.
+
+    `parts` runs a step under a profiler, which writes into a directory; seconds by kind.
+    """
 
     step: Callable[[], float]
+    parts: Callable[[str], dict[str, float]]
     flops: float
     facts: dict[str, Any]
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -79,16 +85,19 @@ def bench_steps(
       variants: names in `attention.VARIANTS`.
       rounds: how many; 0: compile only.
       peer: PyTorch's multi-head ViT of the same size takes turns, in a process of its own.
-      profile: a directory for a trace of one more round; "": none.
+      profile: a directory for traces of one more round, which make a second table; "": none.
 
     Returns:
       Per row: name, temporary_bytes, argument_bytes, compile_seconds, peak_bytes (the most memory
       of the device in use so far, None where it is not known), and with rounds seconds (median of a
       step), rate (images/s), utilisation (model FLOPs of the peak; None where that is not known).
+      With a profile parts: seconds of one step by kind of operation, see `bench.parts`.
 
     Raises:
       UserError: options that do not fit, or `peer` without PyTorch.
     """
+    if profile and not rounds:
+        raise UserError("--profile is of a step that is run; leave it out, or --rounds 0")
     for variant in variants:  # all of them, before the first one takes its time
         of_variant = _of_variant(config, variant)
         train.check(of_variant)
@@ -104,9 +113,8 @@ def bench_steps(
             for run in runs:
                 run.seconds.append(run.step())
         if profile:
-            with jax.profiler.trace(profile):
-                for run in runs:
-                    run.step()
+            for run in runs:
+                run.facts["parts"] = run.parts(profile)
     results = []
     for run in runs:
         timed = {}
@@ -117,6 +125,8 @@ def bench_steps(
             timed["utilisation"] = run.flops / seconds / peak if peak else None
         results.append({**run.facts, **timed})
     _print(what, results, config)
+    if profile:
+        _print_parts(results)
     return results
 
 
@@ -162,7 +172,7 @@ def _run(what: str, config: ml_collections.ConfigDict, allocate: bool) -> _Run:
     }
     flops = model_flops(model, config.batch_size, what == "train")
     if not allocate:
-        return _Run(lambda: 0.0, flops, facts)
+        return _Run(lambda: 0.0, lambda _: {}, flops, facts)
     state, batch = _arrays(what, config, model, abstract)
 
     def run() -> float:
@@ -176,7 +186,13 @@ def _run(what: str, config: ml_collections.ConfigDict, allocate: bool) -> _Run:
         facts["peak_bytes"] = stats.get("peak_bytes_in_use")
         return seconds
 
-    return _Run(run, flops, facts)
+    def profiled(folder: str) -> dict[str, float]:
+        place = f"{folder}/{config.model.attention}"
+        with jax.profiler.trace(place):
+            run()
+        return parts.read(place, compiled.as_text())
+
+    return _Run(run, profiled, flops, facts)
 
 
 def _arrays(
@@ -226,7 +242,7 @@ def _peer_run(
         )
     )
     flops = model_flops(model, config.batch_size, what == "train")
-    return _Run(peer.step, flops, {"name": peer.name})
+    return _Run(peer.step, lambda _: peer.parts(), flops, {"name": peer.name})
 
 
 def _peak() -> float | None:
@@ -234,6 +250,16 @@ def _peak() -> float | None:
     kind = jax.devices()[0].device_kind
     peak = next((peak for name, peak in PEAKS if name in kind), None)
     return peak and peak * jax.device_count()
+
+
+def _print_parts(results: list[dict[str, Any]]) -> None:
+    """A row for each kind of operation, most of all first."""
+    kinds = sorted({kind for r in results for kind in r["parts"]})
+    kinds.sort(key=lambda kind: -sum(r["parts"].get(kind, 0.0) for r in results))
+    rows = [[kind, *(f"{r['parts'].get(kind, 0.0):.3f}" for r in results)] for kind in kinds]
+    rows.append(["all", *(f"{sum(r['parts'].values()):.3f}" for r in results)])
+    title = "seconds of one step by kind of operation, with the profiler on"
+    table(["", *(r["name"] for r in results)], rows, title, numbers=True)
 
 
 def _print(what: str, results: list[dict[str, Any]], config: ml_collections.ConfigDict) -> None:
