@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdgqa_jax import convert, layers, vit, workdir
+from kdgqa_jax import convert, tree_utils, vit, workdir
 from kdgqa_jax.convert import CalibrationImages
 from kdgqa_jax.data.images import Preprocessing
 from kdgqa_jax.heads.forecast import discarded
@@ -376,7 +376,7 @@ def main() -> None:
     )
     preprocessing = Preprocessing(**found.description["preprocessing"])
     images = chosen.read(found.model.image_shape, found.description["channels"], preprocessing)
-    params = layers.unstack_layers(jax.device_get(found.variables["params"]))
+    params = tree_utils.unstack_layers(jax.device_get(found.variables["params"]))
     model = found.model.clone(scan_layers=False)
     moments = convert.gather_moments(model, {"params": params}, images[::2], batch_size=32)
     source = Source(model, params, images[::2], moments)

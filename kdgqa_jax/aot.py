@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from kdgqa_jax import checkpoint, evaluate, sharding, starting, train_step, vit
+from kdgqa_jax import evaluate, initial, sharding, state_checkpoints, train_step, vit
 
 # --- Steps to compile ---------------------------------------------------------------------------
 
@@ -36,14 +36,14 @@ def abstract_train_step(
       mesh: of devices that need not be there; None: what the config makes of those that are.
     """
     mesh = mesh or sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
-    model = starting.build_model(config, num_classes)
+    model = initial.build_model(config, num_classes)
     step = train_step.make_train_step(model, train_step.step_config(config), 1000, mesh)
     rng = jax.random.key(config.seed)
     state = jax.eval_shape(
         lambda: train_step.init_state(vit.init_variables(model, rng, channels), config, rng)
     )
     batch = _batch(config.batch_size, model, channels, mesh)
-    return step, checkpoint.abstract(state, sharding.by_rules(state, mesh)), batch
+    return step, state_checkpoints.abstract(state, sharding.by_rules(state, mesh)), batch
 
 
 def abstract_eval_step(
@@ -54,7 +54,7 @@ def abstract_eval_step(
 ) -> tuple[Callable[..., Any], dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
     """(jitted step, abstract variables, abstract batch) of evaluation; else as for training."""
     mesh = mesh or sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
-    model = starting.build_model(config, num_classes)
+    model = initial.build_model(config, num_classes)
     step = evaluate.make_eval_step(model, config.data.mean, config.data.std, mesh)
     rng = jax.random.key(config.seed)
     variables = jax.eval_shape(lambda: vit.init_variables(model, rng, channels))
@@ -62,7 +62,7 @@ def abstract_eval_step(
     batch["mask"] = jax.ShapeDtypeStruct(
         (config.batch_size,), jnp.bool_, sharding=sharding.batch_sharded(mesh)
     )
-    return step, checkpoint.abstract(variables, sharding.by_rules(variables, mesh)), batch
+    return step, state_checkpoints.abstract(variables, sharding.by_rules(variables, mesh)), batch
 
 
 def _batch(

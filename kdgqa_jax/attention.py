@@ -24,8 +24,8 @@ from kdgqa_jax import noise as noise_lib
 from kdgqa_jax import options, rules
 from kdgqa_jax.errors import UserError, check_positive, check_rate, unknown
 from kdgqa_jax.kernels import EXPANSIONS, IMPLEMENTATIONS, grouped_attention
+from kdgqa_jax.layers import layer_norm
 from kdgqa_jax.options import ARCHITECTURE, CONVERSION, PROGRAM, RUN, SIZE, option
-from kdgqa_jax.parts import layer_norm
 
 Array = jax.Array
 

@@ -13,8 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from kdgqa_jax import options, sharding
 from kdgqa_jax.attention import AttentionConfig, GroupedQueryAttention
 from kdgqa_jax.errors import UserError, check_not_negative, check_positive
+from kdgqa_jax.layers import ACTIVATIONS, NORMS, Mlp, kernel_init
 from kdgqa_jax.options import ARCHITECTURE, SIZE, option
-from kdgqa_jax.parts import ACTIVATIONS, NORMS, Mlp, kernel_init
 
 Array = jax.Array
 Branch = Callable[[Array], Array]
@@ -67,11 +67,11 @@ class BlockConfig:
     Attributes:
       mlp_width: M.
       block: a name in `ORDERS`.
-      activation: of the MLP, a name in `parts.ACTIVATIONS`.
+      activation: of the MLP, a name in `layers.ACTIVATIONS`.
       gated_mlp: the MLP has a gate, as SwiGLU.
       mlp_bias: the projections of the MLP have a bias.
       scale_mlp_norm: the MLP has a norm before its last projection.
-      norm: a name in `parts.NORMS`, of all norms.
+      norm: a name in `layers.NORMS`, of all norms.
       norm_epsilon: of all norms.
       layer_scale: initial value of a factor per channel on each branch (LayerScale, arXiv
         2103.17239); 0: none.

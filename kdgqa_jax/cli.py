@@ -37,7 +37,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        "the whole protocol on small real images, minutes on a laptop",
+        "the whole protocol on small real images, in minutes",
         flags.add_demo,
         commands.run_demo,
         has_config=True,
@@ -96,7 +96,7 @@ COMMANDS: dict[str, Command] = {
         extra="convert",
     ),
     "card": Command(
-        "a model card: source, conversion, data, figures, how to load",
+        "a model card: source, conversion, data, figures",
         flags.add_card,
         commands.run_card,
         extra="convert",
@@ -147,7 +147,7 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 
-GROUPS = {"bench": "what training steps, evaluation, data and conversions cost on this machine"}
+GROUPS = {"bench": "what steps, data and conversions cost on this machine"}
 """The first words of commands that have two."""
 
 RESUMES = "the same command resumes"

@@ -14,7 +14,17 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from kdgqa_jax import chips, config, fitting, paths, sharding, starting, train, train_step, version
+from kdgqa_jax import (
+    chips,
+    config,
+    fitting,
+    initial,
+    paths,
+    sharding,
+    train,
+    train_step,
+    version,
+)
 from kdgqa_jax import storage as storage_lib
 from kdgqa_jax.console import say, table
 from kdgqa_jax.errors import UserError, one_line
@@ -204,7 +214,7 @@ def run(settings: ml_collections.ConfigDict) -> Findings:
         found.problems.append("config field init is not set: --config.init=DIR")
         settings.init = ""
     mesh = train.check(settings)
-    model = starting.build_model(settings, CLASSES)
+    model = initial.build_model(settings, CLASSES)
     largest = fitting.microbatch(model, train_step.step_config(settings), mesh)
     parts = sharding.microbatches(settings.batch_size, mesh, settings.accumulate, largest)
     found.add("parts_of_a_batch", parts, f"{parts} (batch_size {settings.batch_size})")

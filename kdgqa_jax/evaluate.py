@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from kdgqa_jax import checkpoint, layers, memory, sharding, vit
+from kdgqa_jax import checkpoint, memory, sharding, tree_utils, vit
 from kdgqa_jax.console import ProgressBar
 from kdgqa_jax.data import augment, pipeline, sources
 from kdgqa_jax.data.images import Preprocessing
@@ -98,7 +98,7 @@ def make_eval_step(
             "top5": jnp.sum(mask & correct_in_top(logits, labels, 5)),
             "by_bin": sums_by(confidence_bin(confidence), BINS),
             "by_class": sums_by(labels, model.num_classes),
-            "allocation": layers.grouping_of(collections)["allocation"],
+            "allocation": tree_utils.grouping_of(collections)["allocation"],
         }
 
     return eval_step
@@ -145,7 +145,7 @@ def evaluate(
     allocations: list[np.ndarray] = []
     for step in steps:
         count = int(step["by_bin"]["count"].sum())
-        allocations += layers.allocations_by_batch(step.pop("allocation"), count)
+        allocations += tree_utils.allocations_by_batch(step.pop("allocation"), count)
     total = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *steps)
     by_bin, by_class = total["by_bin"], total["by_class"]
     count = by_bin["count"].sum()
@@ -157,7 +157,9 @@ def evaluate(
             by_bin["count"], by_bin["top1"], by_bin["confidence"]
         ),
         "count": int(count),
-        "allocation": [rows[0].tolist() for rows in layers.allocations_by_frequency(allocations)],
+        "allocation": [
+            rows[0].tolist() for rows in tree_utils.allocations_by_frequency(allocations)
+        ],
     }
     if per_class:
         pairs = list(zip(by_class["count"], by_class["top1"], strict=True))

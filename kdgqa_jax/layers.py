@@ -1,140 +1,127 @@
-"""Trees of variables: the two layouts of the layers, what was sown in them, their sizes.
+"""Norms, activations and MLPs of a ViT, each a table by name. Letters as in vit.py."""
 
-Unrolled layers are `blocks_0`, `blocks_1`, ...; scanned ones one `blocks` with a leading L axis.
-"""
-
-import re
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-
-from kdgqa_jax.errors import UserError
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 
+kernel_init = nn.initializers.xavier_uniform()
+"""Of the projections of a ViT, as the original one has it."""
 
-def stack_layers(tree: dict[str, Any]) -> dict[str, Any]:
-    """`blocks_0`.. -> `blocks` with a leading L axis (the layout of scan_layers=True).
 
-    Works on `params` and on any collection; a stacked tree passes through.
+# --- norms --------------------------------------------------------------------------------------
+
+
+def layer_norm(
+    epsilon: float, name: str | None = None, dtype: Any = None, param_dtype: Any = jnp.float32
+) -> nn.LayerNorm:
+    """LayerNorm; statistics in float32.
+
+    In half precision the variance is E[x^2] - E[x]^2, one pass over the tokens: float32 sums lose
+    nothing of values with 8 or 11 bits as long as the mean is not a hundred times the deviation.
     """
-    names = sorted((k for k in tree if re.fullmatch(r"blocks_\d+", k)), key=lambda k: int(k[7:]))
-    if not names:
-        return tree
-    rest = {k: v for k, v in tree.items() if k not in names}
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree[k] for k in names))
-    return {**rest, "blocks": stacked}
+    half = dtype is not None and jnp.dtype(dtype).itemsize == 2
+    return nn.LayerNorm(
+        epsilon=epsilon, use_fast_variance=half, name=name, dtype=dtype, param_dtype=param_dtype
+    )
 
 
-def unstack_layers(tree: dict[str, Any]) -> dict[str, Any]:
-    """`blocks` with a leading L axis -> `blocks_0`..; an unstacked tree passes through."""
-    if "blocks" not in tree:
-        return tree
-    rest = {k: v for k, v in tree.items() if k != "blocks"}
-    depth = jax.tree.leaves(tree["blocks"])[0].shape[0]
-    layers = {
-        f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], tree["blocks"]) for i in range(depth)
-    }
-    return {**rest, **layers}
+def rms_norm(
+    epsilon: float, name: str | None = None, dtype: Any = None, param_dtype: Any = jnp.float32
+) -> nn.RMSNorm:
+    """RMSNorm; statistics in float32."""
+    return nn.RMSNorm(epsilon=epsilon, name=name, dtype=dtype, param_dtype=param_dtype)
 
 
-def is_stacked(tree: Any) -> bool | None:
-    """If the layers somewhere in a tree are stacked; None: it holds no layers."""
-    branches = jax.tree.leaves(tree, is_leaf=_has_layers)
-    return next(("blocks" in branch for branch in branches if _has_layers(branch)), None)
+NORMS: dict[str, Callable[..., nn.Module]] = {"layernorm": layer_norm, "rmsnorm": rms_norm}
+"""By name: (epsilon, name, dtype, param_dtype) -> a module."""
 
 
-def in_layout(tree: Any, stacked: bool) -> Any:
-    """The same with every branch of layers in it, those of an optimizer among them, in a layout.
+# --- activations --------------------------------------------------------------------------------
 
-    Raises ValueError: layers whose branches differ cannot be stacked.
+
+@jax.custom_jvp
+def gelu(x: Array) -> Array:
+    """Exact GELU, x/2 (1 + erf(x / sqrt 2)), as timm has it.
+
+    Not `nn.gelu(approximate=False)`: that takes erfc, which costs several times as much on CPUs.
+    Computed in float32; what is kept for the backward pass has the dtype of `x`.
     """
-    layout = stack_layers if stacked else unstack_layers
-    return jax.tree.map(lambda x: layout(x) if _has_layers(x) else x, tree, is_leaf=_has_layers)
+    wide = x.astype(jnp.float32)  # 1 + erf cancels where x is well below zero
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
 
 
-def _has_layers(tree: Any) -> bool:
-    return isinstance(tree, dict) and ("blocks" in tree or "blocks_0" in tree)
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (tangent,) = primals, tangents
+    wide = x.astype(jnp.float32)
+    slope = _normal_cdf(wide) + wide * jnp.exp(-0.5 * jnp.square(wide)) * (2.0 * math.pi) ** -0.5
+    return gelu(x), slope.astype(x.dtype) * tangent
 
 
-def map_attention(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str, Any]:
-    """Apply a function to what collections hold of each attention layer.
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
-    Args:
-      function: (what the first tree holds of a layer, what the second one holds, ...) -> a tree.
-      *trees: collections, layers stacked or not; the layers of the first one count.
 
-    Returns:
-      {"blocks_0": {"attn": ...}, ...} or, layers stacked, {"blocks": {"attn": ...}}.
+def quick_gelu(x: Array) -> Array:
+    """x sigmoid(1.702 x), as the first CLIP models have it."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": gelu,
+    "gelu_tanh": nn.gelu,
+    "quick_gelu": quick_gelu,
+    "silu": nn.silu,
+    "relu": nn.relu,
+}
+
+
+# --- MLPs ---------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """fc1, activation, fc2: BTD -> BTD.
+
+    Attributes:
+      mlp_width: M.
+      activation: a name in `ACTIVATIONS`.
+      gated: fc2(activation(gate(x)) * fc1(x)), as SwiGLU is with "silu".
+      use_bias: of all projections.
+      norm: makes a module that is applied before fc2, called "norm"; None: none.
+      dropout: after the activation and after fc2.
+      dtype: of the computation.
+      param_dtype: of the parameters.
     """
-    mapped = {}
-    for name in trees[0]:
-        of_layer = jax.vmap(function) if name == "blocks" else function
-        mapped[name] = {"attn": of_layer(*(tree[name]["attn"] for tree in trees))}
-    return mapped
 
+    mlp_width: int
+    activation: str = "gelu"
+    gated: bool = False
+    use_bias: bool = True
+    norm: Callable[[str], nn.Module] | None = None
+    dropout: float = 0.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
 
-def widened(tree: Any) -> Any:
-    """Arrays of half precision as float32, others as they are: what conversions compute with."""
-
-    def wide(x: Any) -> Any:
-        half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
-        return x.astype(np.float32) if half else x
-
-    return jax.tree.map(wide, tree)
-
-
-def cast(tree: Any, dtype: Any) -> Any:
-    """Every array as `dtype`, in NumPy. Raises UserError where that makes numbers infinite."""
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
-    with np.errstate(over="ignore"):
-        narrow = jax.tree.map(lambda x: np.asarray(x).astype(dtype, copy=False), tree)
-    pairs = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(narrow), strict=True)
-    for (path, x), y in pairs:
-        if x.dtype != dtype and np.isfinite(x).all() and not np.isfinite(y).all():
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise UserError(f"{name} holds numbers too large for {dtype}; use bfloat16 or float32")
-    return narrow
-
-
-def only(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    """The branches of a tree that end in `name`."""
-    flat = flatten_dict(tree)
-    return unflatten_dict({path: x for path, x in flat.items() if path[-1] == name})
-
-
-def grouping_of(collections: dict[str, Any]) -> dict[str, Array]:
-    """The sown `grouping` collection by layer: key_norm and allocation (L, K), group_index (L, N).
-
-    With allocation_scope="example" a batch axis follows the layer axis.
-    """
-    return stack_layers(collections["grouping"])["blocks"]["attn"]
-
-
-def allocations_by_batch(allocation: np.ndarray, count: int) -> list[np.ndarray]:
-    """The (L, K) allocations of a batch: its one, or from (L, B, K) those of its `count` images."""
-    return [allocation] if allocation.ndim == 2 else list(np.moveaxis(allocation[:, :count], 1, 0))
-
-
-def allocations_by_frequency(allocations: list[np.ndarray]) -> list[np.ndarray]:
-    """Per layer the different allocations of n batches or images, the most frequent first: (m, K).
-
-    On a tie the one with the smaller entries, from the first key/value head on, comes first.
-    """
-    ranked = []
-    for rows in np.stack(allocations, axis=1):  # (n, K) of a layer
-        different, counts = np.unique(rows, axis=0, return_counts=True)
-        ranked.append(different[np.argsort(-counts, kind="stable")])
-    return ranked
-
-
-def count_parameters(params: dict[str, Any]) -> tuple[int, int]:
-    """(all parameters, those of the key and value projections), layers in either layout."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    sizes = [({entry.key for entry in path}, x.size) for path, x in leaves]
-    kv = sum(size for names, size in sizes if "attn" in names and names & {"key", "value"})
-    return sum(size for _, size in sizes), kv
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        width, activation = x.shape[-1], ACTIVATIONS[self.activation]
+        common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        common |= {"use_bias": self.use_bias, "kernel_init": kernel_init}
+        hidden = checkpoint_name(nn.Dense(self.mlp_width, name="fc1", **common)(x), "fc1")
+        if self.gated:
+            gate = checkpoint_name(nn.Dense(self.mlp_width, name="gate", **common)(x), "gate")
+            hidden = activation(gate) * hidden
+        else:
+            hidden = activation(hidden)
+        if self.norm is not None:
+            hidden = self.norm("norm")(hidden)
+        hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
+        out = nn.Dense(width, name="fc2", **common)(hidden)
+        return nn.Dropout(self.dropout, deterministic=not train)(out)

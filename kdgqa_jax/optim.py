@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from kdgqa_jax import layers
+from kdgqa_jax import tree_utils
 from kdgqa_jax.errors import UserError, unknown
 
 Array = jax.Array
@@ -182,12 +182,12 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, params = layers.widened((updates, params))
+        updates, params = tree_utils.widened((updates, params))
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an integer count
             return optimizer.update(updates, state, params)
 
     return optax.GradientTransformation(
-        lambda params: optimizer.init(layers.widened(params)), update
+        lambda params: optimizer.init(tree_utils.widened(params)), update
     )
 
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from kdgqa_jax.block import BlockConfig
 from kdgqa_jax.kernels import grouped_attention
-from kdgqa_jax.parts import Mlp, kernel_init
+from kdgqa_jax.layers import Mlp, kernel_init
 
 Array = jax.Array
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdgqa_jax import checkpoint, layers, paths, storage, vit, workdir
+from kdgqa_jax import checkpoint, paths, storage, tree_utils, vit, workdir
 from kdgqa_jax.data import images as image_files
 from kdgqa_jax.errors import UserError, one_line, unknown
 
@@ -67,7 +67,7 @@ def _step(
 ) -> tuple[Array, Array]:
     method = FEATURES[features] if features else None
     output, collections = vit.apply_in_evaluation(model, variables, images, mask, method=method)
-    return output, layers.grouping_of(collections)["allocation"]
+    return output, tree_utils.grouping_of(collections)["allocation"]
 
 
 def predict_batches(
@@ -103,7 +103,7 @@ def predict_batches(
             step(model, features, variables, jnp.asarray(padded), jnp.arange(batch_size) < count)
         )
         outputs.append(found[:count])
-        allocations += layers.allocations_by_batch(allocation, count)
+        allocations += tree_utils.allocations_by_batch(allocation, count)
     return Predictions(np.concatenate(outputs), np.stack(allocations))
 
 
@@ -259,7 +259,7 @@ def top_classes(
 def describe_allocation(allocations: np.ndarray) -> list[str]:
     """A line per layer: the allocations that its batches (or images) had, (n, L, K)."""
     lines = []
-    for layer, rows in enumerate(layers.allocations_by_frequency(list(allocations))):
+    for layer, rows in enumerate(tree_utils.allocations_by_frequency(list(allocations))):
         more = f" (and {len(rows) - 1} others)" if len(rows) > 1 else ""
         shown = " ".join(map(str, rows[0]))
         lines.append(f"layer {layer}: query heads per key/value head {shown}{more}")

@@ -172,7 +172,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     from jax.experimental import topologies
 
-    from kdgqa_jax import aot, sharding, starting
+    from kdgqa_jax import aot, initial, sharding
     from kdgqa_jax import config as config_lib
     from kdgqa_jax.bench.steps import CLASSES, STEPS, model_flops
     from kdgqa_jax.data import augment
@@ -218,7 +218,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     chip = CHIPS[request["topology"].partition(":")[0]]
     seconds = sum(costs.cycles.values()) / chip.clock
     flops = model_flops(
-        starting.build_model(config, CLASSES), config.batch_size, request["step"] == "train"
+        initial.build_model(config, CLASSES), config.batch_size, request["step"] == "train"
     )
     return {
         **row,

@@ -16,7 +16,17 @@ import jax
 import ml_collections
 import numpy as np
 
-from kdgqa_jax import checkpoint, convert, layers, options, probes, sharding, starting, train, vit
+from kdgqa_jax import (
+    checkpoint,
+    convert,
+    initial,
+    options,
+    probes,
+    sharding,
+    train,
+    tree_utils,
+    vit,
+)
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.attention import VARIANTS
 from kdgqa_jax.data import augment, pipeline, subsets
@@ -134,7 +144,7 @@ def _model(
 def _record(place: pathlib.Path, stage: Stage, config: Config, result: dict[str, Any]) -> Record:
     """From the model directory in `place` and its figures."""
     model, variables, _ = checkpoint.load_model(place / "model")
-    num_params, num_kv_params = layers.count_parameters(variables["params"])
+    num_params, num_kv_params = tree_utils.count_parameters(variables["params"])
     device = jax.devices()[0]
     settings = config.to_dict()
     if stage.before:  # the same wherever the study lies
@@ -164,18 +174,18 @@ def _take(config: Config, place: pathlib.Path) -> dict[str, Any]:
     """The given model `config.init` with a head for the data; save and evaluate it as it is."""
     dataset = subsets.load(config.data, config.seed)
     channels, class_names = dataset.image_shape[-1], list(dataset.class_names)
-    start = starting.start(config, len(class_names), channels)
+    initial_model = initial.load(config, len(class_names), channels)
     description = {
-        "model": start.model,
+        "model": initial_model.model,
         "channels": channels,
         "class_names": class_names,
-        "preprocessing": start.preprocessing,
-        "converted": {"from": config.init, "notes": list(start.notes)},
+        "preprocessing": initial_model.preprocessing,
+        "converted": {"from": config.init, "notes": list(initial_model.notes)},
         "versions": versions(),
     }
-    checkpoint.save_model(place / "model", start.variables, description)
-    config.data.update(start.preprocessing)
-    return _evaluate(config, start.build(), start.variables, dataset)
+    checkpoint.save_model(place / "model", initial_model.variables, description)
+    config.data.update(initial_model.preprocessing)
+    return _evaluate(config, initial_model.build(), initial_model.variables, dataset)
 
 
 def _convert(study: Config, config: Config, stage: Stage, place: pathlib.Path) -> dict[str, Any]:
@@ -184,7 +194,7 @@ def _convert(study: Config, config: Config, stage: Stage, place: pathlib.Path) -
     before, variables, description = checkpoint.load_model(config.init)
     description["model"] = model_options(config, description["model"])
     model = vit.create(**description["model"])
-    config.data.update(starting.follow_preprocessing(config.data, description["preprocessing"]))
+    config.data.update(initial.follow_preprocessing(config.data, description["preprocessing"]))
     dataset = subsets.load(config.data, config.seed)
     images = None
     if entry.calibrated:
@@ -233,7 +243,7 @@ def _probe(config: Config, workdir: pathlib.Path, stage: Stage) -> list[Record]:
     del probed["seconds"]
     model, variables, description = checkpoint.load_model(workdir / stage.before / "model")
     data = config.data
-    data.update(starting.follow_preprocessing(data, description["preprocessing"]))
+    data.update(initial.follow_preprocessing(data, description["preprocessing"]))
     dataset = pipeline.prepare(subsets.load(data, config.seed), model.image_shape, data)
     mesh = sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
     given = (pipeline.statistics(data), config.eval_batch_size, mesh)

@@ -6,7 +6,7 @@ import jax
 import ml_collections
 
 from kdgqa_jax import config as config_lib
-from kdgqa_jax import grid, optim, options, starting, train, vit
+from kdgqa_jax import grid, initial, optim, options, train, vit
 from kdgqa_jax import stages as stages_lib
 from kdgqa_jax.data import pipeline, sources, subsets
 from kdgqa_jax.errors import UserError, check_seed, unknown
@@ -98,7 +98,7 @@ def check(study: Config, cells: list[Cell], datasets: Datasets) -> dict[str, sou
         if settings.finetune.epochs:
             finetune = settings.finetune.copy_and_resolve_references()
             finetune.model.attention = "mha"
-            starting.check_start(finetune, "uptrain.model", {**base, "attention": "mha"})
+            initial.check(finetune, "uptrain.model", {**base, "attention": "mha"})
     return described
 
 
@@ -134,8 +134,8 @@ def _check_pretrained(settings: Config, datasets: Datasets) -> dict[str, Any]:
     config.epochs = config.epochs or 1.0
     train.check(config)
     dataset = datasets.of(config.data)
-    start = starting.start(config, len(dataset.class_names), dataset.image_shape[-1])
-    model = {**start.model, "num_classes": len(dataset.class_names)}
+    initial_model = initial.load(config, len(dataset.class_names), dataset.image_shape[-1])
+    model = {**initial_model.model, "num_classes": len(dataset.class_names)}
     _check_run(config, vit.create(**model), datasets)
     return model
 

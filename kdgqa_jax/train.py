@@ -15,13 +15,14 @@ import numpy as np
 from kdgqa_jax import (
     checkpoint,
     fitting,
+    initial,
     memory,
     optim,
     options,
     paths,
     processes,
     sharding,
-    starting,
+    state_checkpoints,
     vit,
 )
 from kdgqa_jax import config as config_lib
@@ -156,9 +157,9 @@ def _train_and_evaluate(
     num_steps = count_steps(config, len(dataset.train))
     eval_every = max(round(config.eval_every_epochs * steps_per_epoch), 1)
     channels, num_classes = dataset.image_shape[-1], len(dataset.class_names)
-    start = _start(config, paths.place(workdir, "workdir"), num_classes, channels)
-    model = start.build()
-    data.update(start.preprocessing)
+    initial_model = _initial_model(config, paths.place(workdir, "workdir"), num_classes, channels)
+    model = initial_model.build()
+    data.update(initial_model.preprocessing)
     dataset = pipeline.prepare(dataset, model.image_shape, data)
     check_batches(config, (*dataset.train.shape, channels))
     batches, fetch = pipeline.train_source(
@@ -175,9 +176,9 @@ def _train_and_evaluate(
 
     shapes = jax.eval_shape(begin_new)
     shardings = sharding.by_rules(shapes, mesh)
-    if start.variables is not None:
+    if initial_model.variables is not None:
         like = {"params": shapes.params, "norm_stats": shapes.norm_stats}
-        starting.check_shapes(config.init, start.variables, like)
+        initial.check_shapes(config.init, initial_model.variables, like)
 
     # --- Workdir --------------------------------------------------------------------------------
     first_process = jax.process_index() == 0
@@ -190,8 +191,10 @@ def _train_and_evaluate(
         return workdir_lib.read_json(workdir / "result.json")
 
     # --- State: new, from another model, or resumed ---------------------------------------------
-    checkpoints = checkpoint.StateCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
-    restored = checkpoints.restore(checkpoint.abstract(shapes, shardings))
+    checkpoints = state_checkpoints.StateCheckpoints(
+        workdir / "checkpoints", config.keep_checkpoints
+    )
+    restored = checkpoints.restore(state_checkpoints.abstract(shapes, shardings))
     seconds_before = 0.0
     if restored is not None:
         state, position = restored
@@ -200,13 +203,13 @@ def _train_and_evaluate(
         if int(state.step) < num_steps:
             say(f"{title}: resuming from step {int(state.step)} of {num_steps}")
     elif config.init:
-        state = jax.jit(begin, out_shardings=shardings)(start.variables)
-        for line in start.notes:
+        state = jax.jit(begin, out_shardings=shardings)(initial_model.variables)
+        for line in initial_model.notes:
             say(f"{title}: {line}")
-        processes.on_first_process(lambda: starting.write(start, workdir))
+        processes.on_first_process(lambda: initial.write(initial_model, workdir))
     else:
         state = jax.jit(begin_new, out_shardings=shardings)()
-    start = dataclasses.replace(start, variables=None)  # frees them
+    initial_model = dataclasses.replace(initial_model, variables=None)  # frees them
     if config.on_nonfinite == "stop" and int(state.first_skipped):  # it was "skip" before
         state = jax.jit(_forgive, donate_argnums=0, out_shardings=shardings)(state)
 
@@ -252,7 +255,7 @@ def _train_and_evaluate(
 
     def save_model(name: str, step: int) -> None:
         description = {
-            "model": start.model,
+            "model": initial_model.model,
             "channels": channels,
             "class_names": list(dataset.class_names),
             "preprocessing": {name: data[name] for name in pipeline.PREPROCESSING},
@@ -349,8 +352,10 @@ def _is_best(result: dict[str, Any], tests: Iterable[dict[str, Any]], measure: s
     return bool(known) and result[measure] == BEST[measure](known)
 
 
-def _start(config: Config, workdir: paths.Path, num_classes: int, channels: int) -> starting.Start:
+def _initial_model(
+    config: Config, workdir: paths.Path, num_classes: int, channels: int
+) -> initial.InitialModel:
     """What the run starts, or has started, from."""
-    if checkpoint.any_saved(workdir / "checkpoints"):
-        return starting.read(workdir, config) or starting.start(config, num_classes, channels)
-    return starting.start(config, num_classes, channels)
+    if state_checkpoints.any_saved(workdir / "checkpoints"):
+        return initial.read(workdir, config) or initial.load(config, num_classes, channels)
+    return initial.load(config, num_classes, channels)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from kdgqa_jax import fitting, layers, optim, sharding, vit
+from kdgqa_jax import fitting, optim, sharding, tree_utils, vit
 from kdgqa_jax.data import augment
 from kdgqa_jax.evaluate import correct_in_top
 
@@ -122,7 +122,7 @@ def make_train_step(
         rngs = {"dropout": dropout_rng, "noise": noise_rng}
         grads, norm_stats, metrics = gradients(state, batch_parts, rngs)
 
-        grad_norm = optax.tree.norm(layers.widened(grads))
+        grad_norm = optax.tree.norm(tree_utils.widened(grads))
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         stopped = (state.first_skipped > 0) & (config.on_nonfinite == "stop")
         apply = finite & ~stopped
@@ -131,7 +131,7 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
         changed = {
             "params": params,
-            "norm_stats": layers.map_attention(model.attention.rule.learn, norm_stats, grads),
+            "norm_stats": tree_utils.map_attention(model.attention.rule.learn, norm_stats, grads),
             "opt_state": opt_state,
             "ema": _average(state.ema, params, state.step, config.ema_decay),
         }
@@ -199,7 +199,7 @@ def _gradients(
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (logits, collections)), grads = grad_fn(state.params)
-    grouping = layers.grouping_of(collections)
+    grouping = tree_utils.grouping_of(collections)
     metrics = {"loss": loss}
     for k in (1, 5):
         metrics[f"top{k}"] = 100 * jnp.mean(correct_in_top(logits, batch["labels"], k))
@@ -257,14 +257,14 @@ def _whole_batch_grouping(
             rngs=rngs,
             mutable=["grouping", "norm_stats"],
         )
-        allocation = layers.only(collections["grouping"], "allocation")
+        allocation = tree_utils.only(collections["grouping"], "allocation")
         return collections.get("norm_stats", {}), allocation
 
     def keep() -> tuple[Tree, Tree]:
         def fixed(memory: Tree) -> Tree:
             return {"allocation": model.attention.fixed_allocation(memory)}
 
-        return state.norm_stats, layers.map_attention(fixed, state.norm_stats)
+        return state.norm_stats, tree_utils.map_attention(fixed, state.norm_stats)
 
     due = model.attention.rule.due(state.step)
     return look() if due is True else jax.lax.cond(due, look, keep)

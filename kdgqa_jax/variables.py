@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from kdgqa_jax import layers, sharding
+from kdgqa_jax import sharding, tree_utils
 
 if TYPE_CHECKING:
     from kdgqa_jax.vit import VisionTransformer
@@ -28,7 +28,7 @@ def init_variables(model: "VisionTransformer", rng: Array, channels: int = 3) ->
     The same numbers whether layers are scanned or not.
     """
     scanned = model.clone(scan_layers=True)
-    layout = layers.stack_layers if model.scan_layers else layers.unstack_layers
+    layout = tree_utils.stack_layers if model.scan_layers else tree_utils.unstack_layers
 
     @jax.jit
     def initialise(rng: Array) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def init_norm_stats(model: "VisionTransformer") -> dict[str, Any]:
         return {}
     initial = model.attention.initial_memory
     blocks = {f"blocks_{i}": {"attn": initial()} for i in range(model.depth)}
-    return layers.stack_layers(blocks) if model.scan_layers else blocks
+    return tree_utils.stack_layers(blocks) if model.scan_layers else blocks
 
 
 def apply(
@@ -83,9 +83,9 @@ def apply(
     if model.scan_layers is not None or sharding.platform() not in SCANNED:
         logits, collections = model.apply(variables, images, **options)
         return logits, dict(collections)
-    stacked = {name: layers.stack_layers(tree) for name, tree in variables.items()}
+    stacked = {name: tree_utils.stack_layers(tree) for name, tree in variables.items()}
     logits, collections = model.clone(scan_layers=True).apply(stacked, images, **options)
-    return logits, {name: layers.unstack_layers(tree) for name, tree in collections.items()}
+    return logits, {name: tree_utils.unstack_layers(tree) for name, tree in collections.items()}
 
 
 def apply_in_evaluation(

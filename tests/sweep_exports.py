@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdgqa_jax import allocation, checkpoint, convert, layers, vit
+from kdgqa_jax import allocation, checkpoint, convert, tree_utils, vit
 from kdgqa_jax.attention import VARIANTS
 from kdgqa_jax.errors import UserError
 
@@ -241,7 +241,7 @@ def check(case: Case, folder: pathlib.Path, counts: collections.Counter) -> list
             how = {name: vit.arguments(model)[name] for name in HOW_TO_RUN}
             arguments = {**found.description["model"], **how}
             run = vit.create(**arguments)
-            layout = layers.stack_layers if run.scan_layers else layers.unstack_layers
+            layout = tree_utils.stack_layers if run.scan_layers else tree_utils.unstack_layers
             arrays = {name: layout(tree) for name, tree in found.variables.items()}
             expected = logits(model, variables) if expected is None else expected
             counts["logits compared"] += 1

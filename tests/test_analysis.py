@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdgqa_jax import analysis, layers
+from kdgqa_jax import analysis, tree_utils
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ def test_capture_explains_the_output(attention, scan_layers):
     params = variables["params"]
     if scan_layers:
         model = model.clone(scan_layers=True)
-        variables = {name: layers.stack_layers(tree) for name, tree in variables.items()}
+        variables = {name: tree_utils.stack_layers(tree) for name, tree in variables.items()}
     seen = jax.jit(analysis.capture, static_argnums=0)(model, variables, images)
 
     num_kv_heads = 6 if attention == "mha" else 3

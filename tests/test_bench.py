@@ -6,7 +6,7 @@ import json
 import pytest
 
 from kdgqa_jax import cli, vit
-from kdgqa_jax.bench import conversion, parts, peer, steps
+from kdgqa_jax.bench import conversion, peer, steps, traces
 from kdgqa_jax.bench import data as bench_data
 from kdgqa_jax.errors import UserError
 
@@ -41,15 +41,15 @@ def test_where_operations_run_at_once_time_is_shared():
     """Of a trace as the profiler writes it: two threads, and an event around others."""
     event = collections.namedtuple("event", "start_ns duration_ns name")
     outer, inner = event(0, 10, "run"), event(2, 3, "dot.1")
-    assert list(parts._exclusive([inner, outer])) == [
+    assert list(traces._exclusive([inner, outer])) == [
         (0, 2, "run"),
         (2, 5, "dot.1"),
         (5, 10, "run"),
     ]
-    assert list(parts._exclusive([])) == []
+    assert list(traces._exclusive([])) == []
     kinds = {"a": "norms", "b": "attention", "dot": "linear layers"}
     spans = [(0, 4, "a"), (2, 6, "b"), (6, 7, "dot"), (9, 10, "a")]
-    assert parts._shared(spans, kinds, {"dot"}) == {
+    assert traces._shared(spans, kinds, {"dot"}) == {
         "norms": 4.0,
         "attention": 3.0,
         "linear layers": 3.0,

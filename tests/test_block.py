@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdgqa_jax.parts import gelu, layer_norm
+from kdgqa_jax.layers import gelu, layer_norm
 
 HALVES = [jnp.bfloat16, jnp.float16]
 

@@ -16,12 +16,12 @@ from kdgqa_jax import (
     config,
     fitting,
     grid,
-    layers,
+    initial,
     sharding,
-    starting,
     study_checks,
     train,
     train_step,
+    tree_utils,
     vit,
 )
 from kdgqa_jax.data import augment, sources
@@ -125,7 +125,7 @@ def test_every_config_can_be_run(job, recipe):
         settings = load(config_name(job, recipe, model, attention))
         config.check_fields(settings, config.train_config())
         train.check(settings)
-        built = starting.build_model(settings, JOBS[job])
+        built = initial.build_model(settings, JOBS[job])
         _, width, depth, heads = MODELS[model]
         assert (built.width, built.depth, built.image_shape) == (width, depth, (224, 224))
         assert built.attention.variant == attention and built.scan_layers is None
@@ -171,7 +171,7 @@ def test_full_size_training_step_is_built_abstractly(monkeypatch, job, recipe, m
     head_width = width // heads
     of_kv_head = 2 * depth * (width + 1) * head_width  # keys and values, kernels and biases
     expected = whole - (1000 - classes) * (width + 1) - (heads - kv_heads) * of_kv_head
-    num_params, num_kv_params = layers.count_parameters(state.params)
+    num_params, num_kv_params = tree_utils.count_parameters(state.params)
     assert num_params == count(state.params) == expected
     assert num_kv_params == kv_heads * of_kv_head
     assert state.params["head"]["bias"].shape == (classes,)
@@ -184,17 +184,17 @@ def test_full_size_training_step_is_built_abstractly(monkeypatch, job, recipe, m
 def test_pretrained_models_have_the_known_number_of_parameters(model):
     settings = load(f"pretrain:model={model}")
     assert settings.model.attention == "mha"
-    built = starting.build_model(settings, 1000)
+    built = initial.build_model(settings, 1000)
     shapes = jax.eval_shape(lambda: vit.init_variables(built, jax.random.key(0)))
     assert count(shapes["params"]) == MODELS[model][0]
 
 
 @pytest.mark.parametrize(("kv", "kept"), [(1, 1 / 6), (2, 1 / 3), (3, 1 / 2), (6, 1.0)])
 def test_fewer_key_value_heads_have_fewer_parameters(kv, kept):
-    built = starting.build_model(load(f"uptrain:model=S/16,attention=gqa,kv={kv}"), 1000)
+    built = initial.build_model(load(f"uptrain:model=S/16,attention=gqa,kv={kv}"), 1000)
     shapes = jax.eval_shape(lambda: vit.init_variables(built, jax.random.key(0)))
     all_heads = 2 * 12 * (384 + 1) * 384
-    assert layers.count_parameters(shapes["params"])[1] == pytest.approx(kept * all_heads)
+    assert tree_utils.count_parameters(shapes["params"])[1] == pytest.approx(kept * all_heads)
 
 
 def test_published_recipe_is_that_of_the_paper():
@@ -267,7 +267,7 @@ class DescribedMesh:
 )
 def test_parts_of_a_batch_follow_from_what_fits_a_device(name, kind, mesh, parts):
     settings = load(f"{name},recipe=modern")
-    model, mesh = starting.build_model(settings, 1000), DescribedMesh(kind, mesh)
+    model, mesh = initial.build_model(settings, 1000), DescribedMesh(kind, mesh)
     largest = fitting.microbatch(model, train_step.step_config(settings), mesh)
     given = (settings.batch_size, mesh, settings.accumulate, largest)
     assert sharding.microbatches(*given) == parts

@@ -16,7 +16,7 @@ from merging_helpers import (
 )
 from PIL import Image
 
-from kdgqa_jax import checkpoint, cli, convert, layers
+from kdgqa_jax import checkpoint, cli, convert, tree_utils
 from kdgqa_jax.data import sources
 from kdgqa_jax.data.images import Preprocessing
 from kdgqa_jax.errors import UserError
@@ -86,7 +86,7 @@ def test_moments_of_a_model_equal_a_naive_pass(mha):
 
 def test_both_layouts_of_layers_give_the_same(mha):
     model, params, images, moments = mha
-    stacked = layers.stack_layers(params)
+    stacked = tree_utils.stack_layers(params)
     scanned = convert.gather_moments(
         model.clone(scan_layers=True), {"params": stacked}, images, batch_size=5
     )
@@ -94,7 +94,7 @@ def test_both_layouts_of_layers_give_the_same(mha):
         helpers.assert_close(scanned[name].centred, moments[name].centred, 1e-5)
     one, said = convert.to_merged(params, 3, moments)
     two, again = convert.to_merged(stacked, 3, moments)
-    jax.tree.map(np.testing.assert_array_equal, layers.unstack_layers(two), one)
+    jax.tree.map(np.testing.assert_array_equal, tree_utils.unstack_layers(two), one)
     np.testing.assert_array_equal(said["blocks_1"].keys_kept, again["blocks_1"].keys_kept)
     grouped = jax.eval_shape(lambda p: convert.to_grouped(p, 3), params)
     assert jax.tree.map(np.shape, one) == jax.tree.map(np.shape, grouped)
@@ -216,8 +216,8 @@ def test_a_source_with_an_allocation_of_its_own(tmp_path):
     expected = helpers.apply(model, variables, images)
     logits = helpers.naive_vit(images, expanded, np.arange(N), patch=4)
     helpers.assert_close(logits, expected, 1e-4)
-    stacked = merging_vit.one_per_query_head(layers.stack_layers(params), allocations)
-    helpers.assert_close(layers.unstack_layers(stacked), expanded, 0)
+    stacked = merging_vit.one_per_query_head(tree_utils.stack_layers(params), allocations)
+    helpers.assert_close(tree_utils.unstack_layers(stacked), expanded, 0)
 
     path = save_model(tmp_path, variables, "dgqa_diff", num_kv_heads=3)
     found = convert.load(path, attention="gqa", num_kv_heads=1, pooling="svd")

@@ -8,7 +8,7 @@ import pytest
 from convert_helpers import dtypes, model_directory
 from helpers import N
 
-from kdgqa_jax import analysis, checkpoint, cli, config, convert, layers, starting, vit
+from kdgqa_jax import analysis, checkpoint, cli, config, convert, initial, tree_utils, vit
 from kdgqa_jax.convert import files
 from kdgqa_jax.errors import UserError
 
@@ -19,7 +19,7 @@ def start_from(path, **fields):
     settings = config.train_config()
     settings.init = str(path)
     settings.update_from_flattened_dict({f"model.{name}": x for name, x in fields.items()})
-    return starting.start(settings, num_classes=5, channels=1)
+    return initial.load(settings, num_classes=5, channels=1)
 
 
 @pytest.mark.parametrize("attention", ["gqa", "kdgqa", "dgqa_ema", "pgqa"])
@@ -107,7 +107,7 @@ def test_heads_are_grouped_into_the_dtype_that_is_wanted():
     variables = jax.device_get(helpers.vit_variables(before))
     after = helpers.tiny_vit("gqa", param_dtype="bfloat16")
     grouped = convert.group_heads(before, variables, after)
-    expected = layers.cast(convert.to_grouped(variables["params"], 3), "bfloat16")
+    expected = tree_utils.cast(convert.to_grouped(variables["params"], 3), "bfloat16")
     assert dtypes(grouped.params) == {"bfloat16"}
     jax.tree.map(np.testing.assert_array_equal, grouped.params, expected)
 
@@ -128,11 +128,11 @@ def test_a_run_has_the_dtype_of_its_config(tmp_path, there, here):
         start.variables["params"],
         expected,
     )
-    starting.check_shapes(str(path), start.variables, vit.variable_shapes(start.build(), 1))
+    initial.check_shapes(str(path), start.variables, vit.variable_shapes(start.build(), 1))
     other = vit.variable_shapes(start.build().clone(param_dtype=there), 1)
     says = rf"does not fit config.model: params/blocks_0/attn/key/bias \({here}\[3, 8\] there"
     with pytest.raises(UserError, match=says):
-        starting.check_shapes(str(path), start.variables, other)
+        initial.check_shapes(str(path), start.variables, other)
 
 
 def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
@@ -224,7 +224,7 @@ def test_a_run_that_scores_heads_in_another_way_begins_a_new_memory(tmp_path):
     np.testing.assert_array_equal(kept["allocation"], [1, 1, 4])
     new = start_from(path, importance="gradient")
     like = vit.variable_shapes(new.build(), 1)
-    starting.check_shapes("", new.variables, like)
+    initial.check_shapes("", new.variables, like)
     np.testing.assert_array_equal(
         new.variables["norm_stats"]["blocks_0"]["attn"]["allocation"], [2, 2, 2]
     )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdgqa_jax import convert, layers, vit
+from kdgqa_jax import convert, tree_utils, vit
 from kdgqa_jax.errors import UserError
 
 
@@ -94,8 +94,8 @@ def test_heads_that_are_alike_lose_nothing(mha):
 def test_stacked_layers_convert_like_unstacked_ones(mha, pooling):
     _, params = mha
     unstacked = convert.to_grouped(params, 4, pooling, seed=5)
-    stacked = convert.to_grouped(layers.stack_layers(params), 4, pooling, seed=5)
-    jax.tree.map(np.testing.assert_array_equal, layers.unstack_layers(stacked), unstacked)
+    stacked = convert.to_grouped(tree_utils.stack_layers(params), 4, pooling, seed=5)
+    jax.tree.map(np.testing.assert_array_equal, tree_utils.unstack_layers(stacked), unstacked)
 
 
 def test_as_many_heads_change_nothing(mha):

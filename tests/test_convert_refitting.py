@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import H, N
 
-from kdgqa_jax import convert, layers
+from kdgqa_jax import convert, tree_utils
 from kdgqa_jax.errors import UserError
 from kdgqa_jax.heads import ridge
 
@@ -143,12 +143,12 @@ def test_both_layouts_of_layers_give_the_same(models):
     )
     stacked, _ = convert.refit_outputs(
         before.clone(scan_layers=True),
-        {"params": layers.stack_layers(params)},
+        {"params": tree_utils.stack_layers(params)},
         after.clone(scan_layers=True),
-        {"params": layers.stack_layers(pooled)},
+        {"params": tree_utils.stack_layers(pooled)},
         images,
     )
-    helpers.assert_close(layers.unstack_layers(stacked), jax.device_get(unrolled), 1e-6)
+    helpers.assert_close(tree_utils.unstack_layers(stacked), jax.device_get(unrolled), 1e-6)
 
 
 def test_a_variant_with_memory_is_refitted_as_it_starts(models):

@@ -11,7 +11,7 @@ from helpers import D, H, N
 from merging_helpers import of_low_rank, random_layer, structured_tokens
 from test_train import assert_same, final_state, interrupt, tiny_config
 
-from kdgqa_jax import checkpoint, cli, convert, layers, train, vit
+from kdgqa_jax import checkpoint, cli, convert, train, tree_utils, vit
 from kdgqa_jax.errors import UserError
 
 # --- one layer ----------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_groups_that_are_not_equal_are_refused(tmp_path):
     equal = {"allocation": [2, 2, 2], "key_norm": [1.0, 2.0, 3.0]}
     model_directory(tmp_path / "equal", "dgqa_ema", memory=equal)
     found = convert.load(tmp_path / "equal", pooling="width", head_width=4)
-    kept = layers.unstack_layers(found.variables["norm_stats"])["blocks_0"]["attn"]
+    kept = tree_utils.unstack_layers(found.variables["norm_stats"])["blocks_0"]["attn"]
     np.testing.assert_array_equal(kept["allocation"], [2, 2, 2])
     assert "no longer matches it" in found.report.warnings[0]
 
@@ -285,5 +285,5 @@ def test_training_starts_from_narrow_heads_and_resumes_bit_for_bit(tmp_path):
     assert_same(final_state(tmp_path / "stopped"), final_state(tmp_path / "whole"))
     model, variables, _ = checkpoint.load_model(tmp_path / "stopped" / "model")
     assert model.head_widths == (5, 3) and model.attention.num_kv_heads == 3
-    out = layers.unstack_layers(variables["params"])["blocks_0"]["attn"]["out"]["kernel"]
+    out = tree_utils.unstack_layers(variables["params"])["blocks_0"]["attn"]["out"]["kernel"]
     assert out.shape == (N, 3, D)

@@ -11,7 +11,7 @@ from source_helpers import folder_tree, noise, save
 from test_study import tiny_study
 from test_train import tiny_config
 
-from kdgqa_jax import checkpoint, processes, study, train
+from kdgqa_jax import processes, state_checkpoints, study, train
 from kdgqa_jax.data import identity, sources
 from kdgqa_jax.data.dataset import ArraySplit
 from kdgqa_jax.errors import Preempted, UserError
@@ -231,7 +231,7 @@ def like(tree):
 )
 def test_a_sound_checkpoint_that_does_not_fit_stays(tmp_path, other, says):
     state = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
-    with checkpoint.StateCheckpoints(tmp_path / "checkpoints") as checkpoints:
+    with state_checkpoints.StateCheckpoints(tmp_path / "checkpoints") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state, {"at": step})
         checkpoints.wait()
@@ -248,7 +248,7 @@ def test_a_checkpoint_is_not_set_aside_for_want_of_memory(tmp_path, monkeypatch,
     def load(*arguments):
         raise error
 
-    with checkpoint.StateCheckpoints(tmp_path / "checkpoints") as checkpoints:
+    with state_checkpoints.StateCheckpoints(tmp_path / "checkpoints") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, {"a": jnp.ones(3)}, {})
         checkpoints.wait()

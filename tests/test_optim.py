@@ -12,7 +12,7 @@ import pytest
 from helpers import fast_jit, tiny_vit, vit_variables
 from ml_collections import FrozenConfigDict
 
-from kdgqa_jax import config, layers, optim
+from kdgqa_jax import config, optim, tree_utils
 from kdgqa_jax.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -53,7 +53,7 @@ def by_path(tree):
     }
 
 
-def train(settings, gradients, steps, layout=layers.unstack_layers):
+def train(settings, gradients, steps, layout=tree_utils.unstack_layers):
     """(parameters by path, optimizer state) after some steps on the gradients of every step."""
     optimizer = optim.make_optimizer(settings, steps)
     params = layout(start()[0])
@@ -66,7 +66,7 @@ def train(settings, gradients, steps, layout=layers.unstack_layers):
 
     for grads in gradients:
         params, state = update(params, state, layout(grads))
-    return by_path(layers.unstack_layers(params)), state
+    return by_path(tree_utils.unstack_layers(params)), state
 
 
 def torch_train(settings, gradients):
@@ -169,7 +169,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("layout", [layers.unstack_layers, layers.stack_layers])
+@pytest.mark.parametrize("layout", [tree_utils.unstack_layers, tree_utils.stack_layers])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options_are_those_of_torch(options, layout):
     settings = optim_config(learning_rate=1e-2, weight_decay=0.3, **options)
@@ -194,7 +194,7 @@ def test_momentum_in_bfloat16_is_close():
 # --- freezing -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", [layers.unstack_layers, layers.stack_layers])
+@pytest.mark.parametrize("layout", [tree_utils.unstack_layers, tree_utils.stack_layers])
 def test_frozen_parameters_stay_bit_for_bit_even_where_gradients_are_nan(layout):
     settings = optim_config(
         learning_rate=1e-2, freeze=("blocks_[01]/attn/key", "blocks_1/mlp/*", "*_embed*"),
@@ -222,7 +222,7 @@ def test_frozen_parameters_stay_bit_for_bit_even_where_gradients_are_nan(layout)
 
 def test_names_are_those_of_unrolled_layers_in_both_layouts():
     settings = optim_config(freeze=("blocks_1/norm?", "head/bias"), layer_decay=0.5)
-    unrolled, stacked = start()[0], layers.stack_layers(start()[0])
+    unrolled, stacked = start()[0], tree_utils.stack_layers(start()[0])
     flags, factors = (
         [f(settings, tree) for tree in (unrolled, stacked)]
         for f in (optim.trainable, optim.learning_rate_factors)
@@ -238,7 +238,7 @@ def test_names_are_those_of_unrolled_layers_in_both_layouts():
         of_unrolled = jax.tree.map(
             lambda x, like: np.broadcast_to(x, like.shape), of_unrolled, unrolled
         )
-        helpers.assert_close(layers.unstack_layers(of_stacked), of_unrolled, 0)
+        helpers.assert_close(tree_utils.unstack_layers(of_stacked), of_unrolled, 0)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_names_are_those_of_unrolled_layers_in_both_layouts():
 )
 def test_bad_patterns_are_one_sentence(patterns, says):
     optimizer = optim.make_optimizer(optim_config(freeze=patterns), 1)
-    for params in (start()[0], layers.stack_layers(start()[0])):
+    for params in (start()[0], tree_utils.stack_layers(start()[0])):
         with pytest.raises(UserError, match=says):
             jax.eval_shape(optimizer.init, params)
 
@@ -261,10 +261,10 @@ def test_abstract_and_sharded_parameters(tmp_path):
     """State is made abstractly, then sharded, and lies as the parameters do; saved and restored."""
     from jax.sharding import PartitionSpec
 
-    from kdgqa_jax import checkpoint, sharding
+    from kdgqa_jax import sharding, state_checkpoints
 
     settings = optim_config(**OPTIONS["everything"], schedule="cosine", mu_dtype="bfloat16")
-    params = layers.stack_layers(start()[0])
+    params = tree_utils.stack_layers(start()[0])
     optimizer = optim.make_optimizer(settings, 5)
     shapes = jax.eval_shape(optimizer.init, params)
     mesh = sharding.make_mesh()
@@ -273,10 +273,10 @@ def test_abstract_and_sharded_parameters(tmp_path):
     state = jax.jit(optimizer.init, out_shardings=split)(params)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, shapes)
     _, state = jax.jit(optimizer.update)(params, state, params)
-    with checkpoint.StateCheckpoints(tmp_path) as checkpoints:
+    with state_checkpoints.StateCheckpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
-    like = checkpoint.abstract(shapes, jax.tree.map(lambda _: split, shapes))
-    with checkpoint.StateCheckpoints(tmp_path) as checkpoints:
+    like = state_checkpoints.abstract(shapes, jax.tree.map(lambda _: split, shapes))
+    with state_checkpoints.StateCheckpoints(tmp_path) as checkpoints:
         restored, _ = checkpoints.restore(like)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)

@@ -9,13 +9,15 @@ import stores
 import test_survival as survival
 from test_survival import config_file  # noqa: F401
 
-from kdgqa_jax import checkpoint
+from kdgqa_jax import state_checkpoints
 
 ARG = "steps=24,every=50"  # saves nothing by itself
 
 
 def newest(workdir):
-    return max((int(name) for name in checkpoint._complete(workdir / "checkpoints")), default=0)
+    return max(
+        (int(name) for name in state_checkpoints._complete(workdir / "checkpoints")), default=0
+    )
 
 
 def test_a_process_that_finds_no_others_says_so(config_file, tmp_path):  # noqa: F811

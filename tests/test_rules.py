@@ -19,13 +19,13 @@ from kdgqa_jax import (
     checkpoint,
     cli,
     convert,
-    layers,
     logs,
     options,
     rules,
     study,
     train,
     train_step,
+    tree_utils,
     vit,
 )
 from kdgqa_jax.errors import UserError
@@ -117,14 +117,14 @@ def it_is_converted(model, tmp_path):
     back = convert.load(tmp_path / "m.safetensors")
     original, variables, _ = checkpoint.load_model(model)
     assert back.model.attention == original.attention
-    assert_same(layers.in_layout(back.variables, True), layers.in_layout(variables, True))
+    assert_same(tree_utils.in_layout(back.variables, True), tree_utils.in_layout(variables, True))
     gqa = convert.load(model, attention="gqa")
     assert "norm_stats" not in gqa.variables
     gqa.save(tmp_path / "gqa")
     assert "sharpness" not in json.loads((tmp_path / "gqa/model.json").read_text())["model"]
     for kv_heads in (4, 2):
         again = convert.load(tmp_path / "gqa", attention="query_variance", num_kv_heads=kv_heads)
-        memory = layers.stack_layers(again.variables["norm_stats"])["blocks"]["attn"]["history"]
+        memory = tree_utils.stack_layers(again.variables["norm_stats"])["blocks"]["attn"]["history"]
         np.testing.assert_array_equal(memory, np.zeros((4, 2, kv_heads)))
     with pytest.raises(UserError, match="a file of the released code cannot say"):
         convert.export(model, tmp_path / "query_variance.pth", to="released")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kdgqa_jax import sharding, starting, train_step, vit
+from kdgqa_jax import initial, sharding, train_step, vit
 from kdgqa_jax.config import train_config
 from kdgqa_jax.data import pixels
 from kdgqa_jax.data.randaugment import rand_augment
@@ -33,7 +33,7 @@ def exchanged(attention: str, fsdp: int, model_axis: int, **options) -> dict[str
     config.model.update({**size, "attention": attention, **options})
     config.model.update({"num_kv_heads": 4 if attention == "mha" else 2, "image_size": 48})
     config.data.augment.rand_augment_ops = 0
-    model = starting.build_model(config, CLASSES)
+    model = initial.build_model(config, CLASSES)
     mesh = sharding.make_mesh(fsdp, model_axis)
     step = train_step.make_train_step(model, train_step.step_config(config), 10, mesh)
     rng = jax.random.key(0)

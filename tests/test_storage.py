@@ -10,7 +10,7 @@ import pytest
 import source_helpers
 import stores
 
-from kdgqa_jax import checkpoint, logs, paths, storage, vit, workdir
+from kdgqa_jax import checkpoint, logs, paths, state_checkpoints, storage, vit, workdir
 from kdgqa_jax.data import identity, sources
 from kdgqa_jax.errors import UserError
 
@@ -164,26 +164,26 @@ def test_metrics_are_uploaded_when_they_are_flushed(place):
 def test_states_are_saved_and_restored(place):
     state = {"a": jnp.arange(6.0).reshape(2, 3), "step": jnp.int32(0)}
     like = helpers.abstract(state)
-    assert not checkpoint.any_saved(place)
-    with checkpoint.StateCheckpoints(place) as checkpoints:
+    assert not state_checkpoints.any_saved(place)
+    with state_checkpoints.StateCheckpoints(place) as checkpoints:
         assert checkpoints.restore(like) is None
         for step in (1, 2, 3):
             checkpoints.save(step, {**state, "step": jnp.int32(step)}, {"at": step})
-    assert sorted(checkpoint._complete(place)) == ["2", "3"]
+    assert sorted(state_checkpoints._complete(place)) == ["2", "3"]
     (place / "3" / storage.COMPLETE).unlink()  # as after a kill
-    assert checkpoint._complete(place) == ["2"]
-    with checkpoint.StateCheckpoints(place) as checkpoints:
+    assert state_checkpoints._complete(place) == ["2"]
+    with state_checkpoints.StateCheckpoints(place) as checkpoints:
         found, position = checkpoints.restore(like)
         assert int(found["step"]) == 2 and position == {"at": 2}
         np.testing.assert_array_equal(found["a"], state["a"])
         checkpoints.save(3, state, {"at": 3})
         checkpoints.wait()
-    assert sorted(checkpoint._complete(place)) == ["2", "3"]
+    assert sorted(state_checkpoints._complete(place)) == ["2", "3"]
 
 
 def test_a_damaged_checkpoint_is_set_aside(place, capsys):
     state = {"a": jnp.asarray(helpers.normal(0, 4096))}
-    with checkpoint.StateCheckpoints(place / "checkpoints") as checkpoints:
+    with state_checkpoints.StateCheckpoints(place / "checkpoints") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state, {"at": step})
     damaged = storage.fetched(place / "checkpoints" / "2")
@@ -191,11 +191,11 @@ def test_a_damaged_checkpoint_is_set_aside(place, capsys):
     file = max(files, key=lambda file: file.stat().st_size)  # which holds the array
     place_of_it = place / "checkpoints" / "2" / file.relative_to(damaged).as_posix()
     place_of_it.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with checkpoint.StateCheckpoints(place / "checkpoints") as checkpoints:
+    with state_checkpoints.StateCheckpoints(place / "checkpoints") as checkpoints:
         assert checkpoints.restore(helpers.abstract(state))[1] == {"at": 1}
     assert f"it is now {place}/damaged_checkpoint_2" in " ".join(capsys.readouterr().out.split())
     assert (place / "damaged_checkpoint_2").exists()
-    assert checkpoint._complete(place / "checkpoints") == ["1"]
+    assert state_checkpoints._complete(place / "checkpoints") == ["1"]
 
 
 def test_a_bucket_that_refuses_writes(place, store):
@@ -204,7 +204,7 @@ def test_a_bucket_that_refuses_writes(place, store):
     workdir.write_json(place / "a.json", 1)
     checkpoint.save_model(place / "model", variables, description)
     state = {"step": jnp.int32(1)}
-    with checkpoint.StateCheckpoints(place / "checkpoints") as checkpoints:
+    with state_checkpoints.StateCheckpoints(place / "checkpoints") as checkpoints:
         checkpoints.save(1, state, {})
     store.refuses = True
     try:
@@ -223,9 +223,9 @@ def test_a_bucket_that_refuses_writes(place, store):
         store.refuses = False
     assert json.loads((place / "a.json").read_text()) == 1
     helpers.assert_close(checkpoint.load_model(place / "model")[1], variables, 0.0)
-    assert checkpoint._complete(place / "checkpoints") == ["1"]
+    assert state_checkpoints._complete(place / "checkpoints") == ["1"]
 
 
 def save(place, state):
-    with checkpoint.StateCheckpoints(place) as checkpoints:
+    with state_checkpoints.StateCheckpoints(place) as checkpoints:
         checkpoints.save(2, state, {})

@@ -13,7 +13,7 @@ import stores
 import test_survival
 from test_survival import config_file, whole  # noqa: F401
 
-from kdgqa_jax import checkpoint, cli, logs, paths, storage
+from kdgqa_jax import checkpoint, cli, logs, paths, state_checkpoints, storage
 from kdgqa_jax.data import idx
 
 
@@ -34,7 +34,7 @@ def saved(workdir):
     """Steps that are saved; of one that is being saved a half."""
     place = workdir / "checkpoints"
     found = {p.name for p in place.iterdir()} if place.exists() else set()
-    complete = {int(name) for name in checkpoint._complete(workdir / "checkpoints")}
+    complete = {int(name) for name in state_checkpoints._complete(workdir / "checkpoints")}
     return max(complete, default=0) + (len(found) > len(complete)) / 2
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from kdgqa_jax import analysis, evaluate, layers, sharding, train_step, vit
+from kdgqa_jax import analysis, evaluate, sharding, train_step, tree_utils, vit
 from kdgqa_jax import config as configs
 
 OPTIONS = {"kdgqa-example": {"allocation_scope": "example"}, "pgqa": {"noise_at_eval": True}}
@@ -33,7 +33,7 @@ def model_and_variables(name, scan):
     depth = 2 if scan else 1  # unrolled layers compile one by one
     variables = helpers.vit_variables(tiny(name, depth=depth))
     if scan:
-        variables = {name: layers.stack_layers(tree) for name, tree in variables.items()}
+        variables = {name: tree_utils.stack_layers(tree) for name, tree in variables.items()}
     return tiny(name, depth=depth, scan_layers=scan), variables
 
 
@@ -50,7 +50,7 @@ def test_exports_with_a_symbolic_batch(name, scan):
         found, expected = exported.call(*given), apply(*given)
         assert found[0].shape == (size, 5)
         if model.attention.variant == "kdgqa":
-            norms = layers.grouping_of(expected[1])["key_norm"]
+            norms = tree_utils.grouping_of(expected[1])["key_norm"]
             helpers.assert_away_from_ties("kdgqa", norms, 6)
         helpers.assert_close(found, expected, 1e-5)
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdgqa_jax import checkpoint, config, evaluate, layers, logs, train
+from kdgqa_jax import checkpoint, config, evaluate, logs, state_checkpoints, train, tree_utils
 from kdgqa_jax.errors import UserError
 
 
@@ -139,7 +139,7 @@ def test_a_run_resumes_with_its_layers_in_the_other_layout(tmp_path, monkeypatch
 
     interrupt(settings(before), tmp_path / "run", 8)
     saved, restored = final_state(tmp_path / "run"), []
-    restore = checkpoint.StateCheckpoints.restore
+    restore = state_checkpoints.StateCheckpoints.restore
 
     def record(*arguments):
         found = restore(*arguments)
@@ -147,12 +147,14 @@ def test_a_run_resumes_with_its_layers_in_the_other_layout(tmp_path, monkeypatch
             restored.append(jax.device_get(found[0]))
         return found
 
-    monkeypatch.setattr(checkpoint.StateCheckpoints, "restore", record)
+    monkeypatch.setattr(state_checkpoints.StateCheckpoints, "restore", record)
     resumed = train.train_and_evaluate(settings(after), tmp_path / "run")
     (state,) = restored
-    assert layers.is_stacked(state.params) == bool(after) != layers.is_stacked(saved["params"])
+    assert (
+        tree_utils.is_stacked(state.params) == bool(after) != tree_utils.is_stacked(saved["params"])
+    )
     for name in ("params", "ema", "norm_stats"):
-        assert_same(getattr(state, name), layers.in_layout(saved[name], bool(after)))
+        assert_same(getattr(state, name), tree_utils.in_layout(saved[name], bool(after)))
     whole = train.train_and_evaluate(settings(after), tmp_path / "whole")
     assert resumed["steps"] == 12
     assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-4)
@@ -365,7 +367,7 @@ def test_top_k_counts_like_a_sort():
 
 def test_allocations_by_frequency():
     allocations = np.array([[[2, 0], [1, 1]], [[0, 2], [1, 1]], [[0, 2], [2, 0]]])
-    found = layers.allocations_by_frequency(allocations)
+    found = tree_utils.allocations_by_frequency(allocations)
     assert [rows.tolist() for rows in found] == [[[0, 2], [2, 0]], [[1, 1], [2, 0]]]
 
 

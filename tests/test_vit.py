@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import DGQA, VARIANTS, images, tiny_vit, vit_variables
 
-from kdgqa_jax import block, layers, vit
+from kdgqa_jax import block, tree_utils, vit
 from kdgqa_jax import variables as variables_lib
 from kdgqa_jax.errors import UserError
 
@@ -33,14 +33,14 @@ def training_step(attention, scan_layers=False, **options):
     model = functools.partial(tiny_vit, attention, window=2, noise_scale=noise_scale, **options)
     variables = vit_variables(tiny_vit(attention, depth=options.get("depth", 2)))
     if scan_layers:
-        variables = {name: layers.stack_layers(tree) for name, tree in variables.items()}
+        variables = {name: tree_utils.stack_layers(tree) for name, tree in variables.items()}
     params, model = variables.pop("params"), model(scan_layers=scan_layers)
     function = jax.grad(functools.partial(loss, model), has_aux=True)
     grads, (logits, captured) = helpers.fast_jit(function)(
         params, variables, images(), jnp.int32(4), helpers.rngs()
     )
-    captured = {name: layers.unstack_layers(tree) for name, tree in captured.items()}
-    return logits, captured, layers.unstack_layers(grads)
+    captured = {name: tree_utils.unstack_layers(tree) for name, tree in captured.items()}
+    return logits, captured, tree_utils.unstack_layers(grads)
 
 
 @functools.cache
@@ -174,7 +174,7 @@ def test_scanned_layers_equal_unrolled_ones(attention):
     assert ("norm_stats" in plain[1]) == (attention in DGQA)
     helpers.assert_close(scanned[1], plain[1], 1e-4)
     helpers.assert_close(scanned[2], plain[2], 1e-4, scale=helpers.largest(plain[2]))
-    grouping = layers.grouping_of(plain[1])
+    grouping = tree_utils.grouping_of(plain[1])
     if attention in ("kdgqa", *DGQA):  # a memory of zeros changes no ratio
         helpers.assert_away_from_ties(attention, grouping["key_norm"], 6)
     allocations = np.array(grouping["allocation"])
@@ -208,20 +208,20 @@ def test_an_initialisation_is_the_same_in_either_layout():
         for scan in (None, True)
     )
     for name, tree in first.items():
-        helpers.assert_close(layers.stack_layers(tree), second[name], 0)
+        helpers.assert_close(tree_utils.stack_layers(tree), second[name], 0)
 
 
 def test_layers_are_stacked_in_order_and_back():
     tree = {f"blocks_{i}": {"w": np.full((2, 3), i)} for i in range(12)} | {"norm": np.ones(2)}
-    stacked = layers.stack_layers(tree)
+    stacked = tree_utils.stack_layers(tree)
     np.testing.assert_array_equal(stacked["blocks"]["w"][:, 0, 0], np.arange(12))
     assert set(stacked) == {"blocks", "norm"}
-    helpers.assert_close(layers.unstack_layers(stacked), tree, 0)
-    assert layers.stack_layers(stacked) is stacked
-    assert layers.unstack_layers(tree) is tree
+    helpers.assert_close(tree_utils.unstack_layers(stacked), tree, 0)
+    assert tree_utils.stack_layers(stacked) is stacked
+    assert tree_utils.unstack_layers(tree) is tree
     shapes = helpers.init_shapes(tiny_vit("dgqa_ema", scan_layers=True), images())
     expected = jax.eval_shape(
-        lambda tree: {name: layers.stack_layers(t) for name, t in tree.items()},
+        lambda tree: {name: tree_utils.stack_layers(t) for name, t in tree.items()},
         helpers.init_shapes(tiny_vit("dgqa_ema"), images()),
     )
     assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, expected)
@@ -258,10 +258,10 @@ def test_remembered_gradients_are_the_same_in_both_layouts():
     _, _, grads = training_step("kdgqa")
     stats = {f"blocks_{i}": {"attn": {"key_gradient": jnp.zeros(3)}} for i in range(2)}
     learn = tiny_vit("kdgqa", importance="gradient").attention.rule.learn
-    plain = layers.map_attention(learn, stats, grads)
-    stacked = (layers.stack_layers(tree) for tree in (stats, grads))
-    stacked = layers.map_attention(learn, *stacked)
-    helpers.assert_close(layers.unstack_layers(stacked), plain, 1e-6)
+    plain = tree_utils.map_attention(learn, stats, grads)
+    stacked = (tree_utils.stack_layers(tree) for tree in (stats, grads))
+    stacked = tree_utils.map_attention(learn, *stacked)
+    helpers.assert_close(tree_utils.unstack_layers(stacked), plain, 1e-6)
     key = grads["blocks_1"]["attn"]["key"]
     squares = np.square(key["kernel"]).sum((0, 2)) + np.square(key["bias"]).sum(1)
     helpers.assert_close(plain["blocks_1"]["attn"]["key_gradient"], np.sqrt(squares), 1e-5)
@@ -303,7 +303,7 @@ def test_drop_path_grows_from_none_to_its_full_rate(scan_layers):
     variables = vit_variables(tiny_vit())
     model = tiny_vit(drop_path=1 - 1e-6, scan_layers=scan_layers)
     first = tiny_vit(depth=1)
-    layout = layers.stack_layers if scan_layers else layers.unstack_layers
+    layout = tree_utils.stack_layers if scan_layers else tree_utils.unstack_layers
     params = layout(variables["params"])
     run = helpers.fast_jit(functools.partial(model.apply, train=True))
     dropped = run({"params": params}, images(), rngs=helpers.rngs())

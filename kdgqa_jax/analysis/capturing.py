@@ -5,7 +5,7 @@ from typing import Any
 import flax.struct
 import jax
 
-from kdgqa_jax import layers, vit
+from kdgqa_jax import tree_utils, vit
 
 Array = jax.Array
 
@@ -49,5 +49,5 @@ def capture(
     logits, collections = vit.apply_in_evaluation(
         model, variables, images, mask, collect=["intermediates"]
     )
-    seen = layers.stack_layers(collections["intermediates"])["blocks"]["attn"]
-    return Captured(logits=logits, **seen, **layers.grouping_of(collections))
+    seen = tree_utils.stack_layers(collections["intermediates"])["blocks"]["attn"]
+    return Captured(logits=logits, **seen, **tree_utils.grouping_of(collections))

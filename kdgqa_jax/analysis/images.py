@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdgqa_jax import layers, vit
+from kdgqa_jax import tree_utils, vit
 from kdgqa_jax.analysis.capturing import capture
 from kdgqa_jax.analysis.heads import perturbed, self_similarity, similarity
 from kdgqa_jax.errors import UserError
@@ -166,7 +166,7 @@ def analyse(
         )
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
         norms.append(image_norms[:, :count])
-        allocations += layers.allocations_by_batch(allocation, count)
+        allocations += tree_utils.allocations_by_batch(allocation, count)
 
     def mean(kind: str, name: str) -> np.ndarray:
         total, count = totals[kind][name]
@@ -213,6 +213,6 @@ def analyse_directory(
     chosen = CalibrationImages(place, data_dir, count, seed)
     images = chosen.read(model.image_shape, description["channels"], preprocessing)
     found = analyse(model, variables, images, noise_scales, batch_size, seed)
-    most = [rows[0] for rows in layers.allocations_by_frequency([*found.allocations])]
+    most = [rows[0] for rows in tree_utils.allocations_by_frequency([*found.allocations])]
     groups = [allocation.group_index(a, model.attention.num_heads) for a in most]
     return found, model, np.stack(groups)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdgqa_jax import layers, vit
+from kdgqa_jax import tree_utils, vit
 
 
 def fixed_allocations(
@@ -18,7 +18,7 @@ def fixed_allocations(
       model: any variant.
       norm_stats: its memory, layers stacked or not; {} for variants without.
     """
-    norm_stats = layers.unstack_layers(norm_stats)
+    norm_stats = tree_utils.unstack_layers(norm_stats)
     memories = (norm_stats.get(f"blocks_{i}", {}).get("attn", {}) for i in range(model.depth))
     found = (model.attention.fixed_allocation(memory) for memory in memories)
     return [None if x is None else np.asarray(x) for x in found]
@@ -38,10 +38,12 @@ def summarise(directory: str | os.PathLike) -> tuple[list[tuple[str, str]], list
     from kdgqa_jax import checkpoint
 
     model, variables, description = checkpoint.load_model(directory)
-    variables = {name: layers.unstack_layers(jax.device_get(v)) for name, v in variables.items()}
+    variables = {
+        name: tree_utils.unstack_layers(jax.device_get(v)) for name, v in variables.items()
+    }
     params, memory = variables["params"], variables.get("norm_stats", {})
     names = description["class_names"]
-    total, key_value = layers.count_parameters(params)
+    total, key_value = tree_utils.count_parameters(params)
     height, width = model.image_shape
     facts = {
         "attention": model.attention.variant,

@@ -31,7 +31,7 @@ class Peer:
         return self._ask("step")["seconds"]
 
     def parts(self) -> dict[str, float]:
-        """Run one step there under its profiler; seconds by kind, see `bench.parts`. On CPUs."""
+        """Run one step there under its profiler; seconds by kind, see `bench.traces`. On CPUs."""
         return self._ask("parts")["parts"]
 
     def _ask(self, what: str) -> dict[str, Any]:
@@ -167,7 +167,7 @@ _KINDS = (
     ("norms", r"layer_norm|LayerNorm"),
     ("copies and slices", r"aten::(cat|clone|contiguous|copy_|fill_|slice_backward|zero_)"),
 )
-"""Kinds of operations by their names in PyTorch, as far as there are the ones of `parts.KINDS`."""
+"""Kinds of operations by their names in PyTorch, as far as there are the ones of `traces.KINDS`."""
 
 
 def _parts(step: Callable[[], float]) -> dict[str, float]:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from kdgqa_jax import aot, memory, sharding, starting, train, vit
+from kdgqa_jax import aot, initial, memory, sharding, train, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax.attention import VARIANTS, variant_name
-from kdgqa_jax.bench import parts
 from kdgqa_jax.bench import peer as peer_lib
+from kdgqa_jax.bench import traces
 from kdgqa_jax.console import table
 from kdgqa_jax.errors import UserError
 from kdgqa_jax.train_step import init_state
@@ -91,7 +91,7 @@ def bench_steps(
       Per row: name, temporary_bytes, argument_bytes, compile_seconds, peak_bytes (the most memory
       of the device in use so far, None where it is not known), and with rounds seconds (median of a
       step), rate (images/s), utilisation (model FLOPs of the peak; None where that is not known).
-      With a profile parts: seconds of one step by kind of operation, see `bench.parts`.
+      With a profile parts: seconds of one step by kind of operation, see `bench.traces`.
 
     Raises:
       UserError: options that do not fit, or `peer` without PyTorch.
@@ -101,12 +101,12 @@ def bench_steps(
     for variant in variants:  # all of them, before the first one takes its time
         of_variant = _of_variant(config, variant)
         train.check(of_variant)
-        image_shape = starting.build_model(of_variant, CLASSES).image_shape
+        image_shape = initial.build_model(of_variant, CLASSES).image_shape
         memory.check_batch("batch_size", config.batch_size, (*image_shape, 3))
     with contextlib.ExitStack() as stack:
         runs = []
         if peer:
-            model = starting.build_model(_of_variant(config, "mha"), CLASSES)
+            model = initial.build_model(_of_variant(config, "mha"), CLASSES)
             runs.append(_peer_run(stack, what, config, model))
         runs += [_run(what, _of_variant(config, variant), bool(rounds)) for variant in variants]
         for _ in range(rounds + 1 if rounds else 0):
@@ -162,7 +162,7 @@ def _run(what: str, config: ml_collections.ConfigDict, allocate: bool) -> _Run:
     step, *abstract = STEPS[what](config, CLASSES)
     compiled = step.lower(*abstract).compile()
     costs = aot.read(compiled)
-    model = starting.build_model(config, CLASSES)
+    model = initial.build_model(config, CLASSES)
     facts = {
         "name": config.model.attention,
         "temporary_bytes": costs.temporary_bytes,
@@ -190,7 +190,7 @@ def _run(what: str, config: ml_collections.ConfigDict, allocate: bool) -> _Run:
         place = f"{folder}/{config.model.attention}"
         with jax.profiler.trace(place):
             run()
-        return parts.read(place, compiled.as_text())
+        return traces.read(place, compiled.as_text())
 
     return _Run(run, profiled, flops, facts)
 

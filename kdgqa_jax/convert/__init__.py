@@ -7,19 +7,19 @@
 files.py reads what is at a place, formats.py and shards.py the arrays in files; sources/ knows, a
 file for each framework, what it calls them, how they become ours and what is said beside them;
 preprocessing.py how images were prepared. structure.py and inference.py find out the architecture,
-adapt.py changes sizes. loading.py puts all together with what kdgqa_jax.heads makes of heads, and
-exporting.py goes back to PyTorch names.
+resizing.py changes sizes. loading.py puts all together with what kdgqa_jax.heads makes of heads,
+and exporting.py goes back to PyTorch names.
 
 Encoders of transformers: encoder_table.py says what they call their parts, encoders.py reads them,
 encoder_forward.py computes them, encoder_inputs.py makes what they take, merging_encoder.py merges
 their heads.
 """
 
-from kdgqa_jax.convert.adapt import adapt_input_channels, resize_pos_embed
 from kdgqa_jax.convert.calibration_images import CalibrationImages
 from kdgqa_jax.convert.exporting import export, to_pytorch
 from kdgqa_jax.convert.loading import Converted, load
 from kdgqa_jax.convert.merging_encoder import MergedEncoder, merge_encoder
+from kdgqa_jax.convert.resizing import adapt_input_channels, resize_pos_embed
 from kdgqa_jax.convert.suggesting import suggest_kv_heads
 from kdgqa_jax.heads.calibration import gather_moments
 from kdgqa_jax.heads.grouping import Grouped, group_heads

@@ -14,7 +14,7 @@ import numpy as np
 from kdgqa_jax.convert.encoder_table import ACTIVATIONS as NAMES
 from kdgqa_jax.convert.encoders import Encoder
 from kdgqa_jax.kernels import grouped_attention
-from kdgqa_jax.parts import ACTIVATIONS, gelu
+from kdgqa_jax.layers import ACTIVATIONS, gelu
 
 Array = jax.Array
 Dense = dict[str, Any]

@@ -12,7 +12,7 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-"""What transformers calls an activation -> its name in `parts.ACTIVATIONS`."""
+"""What transformers calls an activation -> its name in `layers.ACTIVATIONS`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from kdgqa_jax import checkpoint, extras, layers, options, vit, workdir
-from kdgqa_jax.convert import files, foreign, structure
+from kdgqa_jax import checkpoint, extras, options, tree_utils, vit, workdir
+from kdgqa_jax.convert import files, importing, structure
 from kdgqa_jax.convert.formats import METADATA_KEY, Arrays
 from kdgqa_jax.convert.sources import LAYOUTS
 from kdgqa_jax.errors import UserError, unknown
@@ -62,7 +62,7 @@ def _arrays(
     parts: dict[str, dict[int, np.ndarray]] = {}
     table = LAYOUTS[layout]
     for collection, tree in variables.items():
-        flat = flatten_dict(layers.unstack_layers(jax.device_get(tree)), sep="/")
+        flat = flatten_dict(tree_utils.unstack_layers(jax.device_get(tree)), sep="/")
         for path, x in flat.items():
             found = table.theirs(path)
             if found is None and collection == "norm_stats":
@@ -114,7 +114,7 @@ def _safetensors(
     """(arrays, metadata, what writes them to a path)."""
     from safetensors.numpy import save_file
 
-    flat = flatten_dict(layers.unstack_layers(variables.get("norm_stats", {})), sep="/")
+    flat = flatten_dict(tree_utils.unstack_layers(variables.get("norm_stats", {})), sep="/")
     metadata = {
         "model": {"name": description["model"]["name"], **vit.arguments(model)},
         "class_names": description["class_names"],
@@ -185,7 +185,7 @@ def _lost(
         for name, value in own.items()
         if read[name] != value and name not in unsaid
     ]
-    memory = flatten_dict(layers.unstack_layers(variables.get("norm_stats", {})), sep="/")
+    memory = flatten_dict(tree_utils.unstack_layers(variables.get("norm_stats", {})), sep="/")
     other = {
         path.split("/")[-1]
         for path, x in memory.items()
@@ -194,9 +194,9 @@ def _lost(
     return lost + [f"the {name} that it remembers" for name in sorted(other)]
 
 
-def _read_again(source: files.Source, num_heads: int) -> foreign.Loaded:
+def _read_again(source: files.Source, num_heads: int) -> importing.Loaded:
     """With the number of query heads where the reader asks for it."""
     try:
-        return foreign.from_source(source)
+        return importing.from_source(source)
     except UserError:
-        return foreign.from_source(source, num_heads)
+        return importing.from_source(source, num_heads)

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kdgqa_jax import checkpoint, layers, storage, vit, workdir
+from kdgqa_jax import checkpoint, storage, tree_utils, vit, workdir
 from kdgqa_jax.attention import VARIANTS, variant_name
 from kdgqa_jax.convert import files
-from kdgqa_jax.convert.adapt import (
+from kdgqa_jax.convert.calibration_images import CalibrationImages
+from kdgqa_jax.convert.conversion_report import ConversionReport
+from kdgqa_jax.convert.importing import Loaded, load_file
+from kdgqa_jax.convert.resizing import (
     RESIZING,
     adapt_input_channels,
     grey_patch_embedding,
     resize_pos_embed,
 )
-from kdgqa_jax.convert.calibration_images import CalibrationImages
-from kdgqa_jax.convert.conversion_report import ConversionReport
-from kdgqa_jax.convert.foreign import Loaded, load_foreign
 from kdgqa_jax.data.images import Preprocessing
 from kdgqa_jax.errors import UserError
 from kdgqa_jax.heads import grouping
@@ -109,7 +109,7 @@ def load(
     if (pathlib.Path(place) / "model.json").is_file():
         loaded = _load_ours(place)
     else:
-        loaded = load_foreign(place, num_heads, seed, allow_missing, allow_left_over, arch)
+        loaded = load_file(place, num_heads, seed, allow_missing, allow_left_over, arch)
     loaded.report.source = source
     if not allow_nan:
         _refuse_nan(loaded)
@@ -136,7 +136,7 @@ def load(
     if loaded.norm_stats:
         variables["norm_stats"] = unflatten_dict(loaded.norm_stats, sep="/")
     if model.scan_layers:
-        variables = {name: layers.stack_layers(tree) for name, tree in variables.items()}
+        variables = {name: tree_utils.stack_layers(tree) for name, tree in variables.items()}
     own = vit.arguments(model)
     description = {
         **loaded.description,
@@ -150,7 +150,8 @@ def load(
 def _load_ours(place: str) -> Loaded:
     model, variables, description = checkpoint.load_model(place)
     flat = {
-        name: flatten_dict(layers.unstack_layers(tree), sep="/") for name, tree in variables.items()
+        name: flatten_dict(tree_utils.unstack_layers(tree), sep="/")
+        for name, tree in variables.items()
     }
     report = ConversionReport(place)
     for name in (*flat["params"], *flat.get("norm_stats", {})):
@@ -160,7 +161,7 @@ def _load_ours(place: str) -> Loaded:
         "num_kv_heads": model.attention.num_kv_heads,
     }
     arguments = {**description.pop("model"), **heads_there}
-    params = layers.widened(flat["params"])
+    params = tree_utils.widened(flat["params"])
     return Loaded(arguments, params, flat.get("norm_stats", {}), description, report)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from kdgqa_jax.data import images
 from kdgqa_jax.data.dataset import Dataset
-from kdgqa_jax.data.trees import FileSplit, class_names_in, drawn_for_test
+from kdgqa_jax.data.image_folders import FileSplit, class_names_in, drawn_for_test
 from kdgqa_jax.errors import UserError
 
 TEST_SHARE = 0.25

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kdgqa_jax import extras, paths, storage
-from kdgqa_jax.data import idx, packages, tfds_source, trees
+from kdgqa_jax.data import idx, image_folders, packages, tfds_source
 from kdgqa_jax.data.dataset import ArraySplit, Dataset
 from kdgqa_jax.data.shifts import SHIFTS, ShiftedSplit
 from kdgqa_jax.errors import UserError, unknown
@@ -93,11 +93,11 @@ def _idx_or_tfds(source: Source, name: str, argument: str, data_dir: str) -> Dat
 
 
 def _tiny_imagenet(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
-    return trees.read_tiny_imagenet(name, data_dir, source.how_to(name, data_dir))
+    return image_folders.read_tiny_imagenet(name, data_dir, source.how_to(name, data_dir))
 
 
 def _cinic10(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
-    return trees.read_cinic10(name, data_dir, source.how_to(name, data_dir))
+    return image_folders.read_cinic10(name, data_dir, source.how_to(name, data_dir))
 
 
 def _elpv(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
@@ -109,7 +109,7 @@ def _stamps(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
 
 
 def _folder(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
-    return trees.read_folder(name, argument)
+    return image_folders.read_folder(name, argument)
 
 
 # --- The table ----------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def _folder(source: Source, name: str, argument: str, data_dir: str) -> Dataset:
 _DIGITS = tuple(str(digit) for digit in range(10))
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
 _FASHION += ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-_CIFAR10 = trees.CINIC10_CLASSES  # CINIC-10 has the classes of CIFAR-10
+_CIFAR10 = image_folders.CINIC10_CLASSES  # CINIC-10 has the classes of CIFAR-10
 _STORED = "label.labels.txt of the prepared directory"
 
 _PREPARE = "`kdgqa prepare --dataset {name} --data-dir {data_dir}` downloads and prepares it"
@@ -155,7 +155,7 @@ SOURCES: dict[str, Source] = {
         parts=("tiny-imagenet-200",),
     ),
     "cinic10": Source(
-        _cinic10, 10, trees.CINIC10_CLASSES, (32, 32, 3), "train", "test",
+        _cinic10, 10, image_folders.CINIC10_CLASSES, (32, 32, 3), "train", "test",
         "download CINIC-10.tar.gz from https://datashare.ed.ac.uk/handle/10283/3192 and unpack it"
         " in {data_dir}/CINIC-10, which then holds train, valid and test",
         parts=("CINIC-10",),

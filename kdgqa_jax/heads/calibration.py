@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdgqa_jax import layers, sharding, vit
+from kdgqa_jax import sharding, tree_utils, vit
 from kdgqa_jax.errors import UserError
 from kdgqa_jax.heads.moments import InputMoments, data_free_by_layer
 
@@ -97,7 +97,7 @@ def gather_moments(
 
 def _add(moments: dict[str, InputMoments], tokens: np.ndarray, sums: dict[str, Any]) -> None:
     """Add the sums of a batch, which are forgotten before the next one."""
-    for name, layer in layers.unstack_layers(sums).items():
+    for name, layer in tree_utils.unstack_layers(sums).items():
         kept = moments.setdefault(name, InputMoments.empty(len(layer["within"])))
         kept.add_images(tokens, layer["means"], layer["within"])
 
@@ -143,4 +143,4 @@ def layer_moments(
             "blocks of post_norm do not normalise what attention sees, so that norms tell nothing"
             " about it; give calibration images (--calibration), or pool the heads (--pooling mean)"
         )
-    return data_free_by_layer(layers.unstack_layers(variables["params"]))
+    return data_free_by_layer(tree_utils.unstack_layers(variables["params"]))

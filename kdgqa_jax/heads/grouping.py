@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kdgqa_jax import analysis, layers, vit
+from kdgqa_jax import analysis, tree_utils, vit
 from kdgqa_jax.errors import UserError, unknown
 from kdgqa_jax.heads.calibration import layer_moments
 from kdgqa_jax.heads.forecast import discarded, forecast
@@ -124,7 +124,7 @@ def group_heads(
     check_heads(before, after, pooling)
     have, want = before.attention.num_kv_heads, after.attention.num_kv_heads
     narrows = before.head_widths != after.head_widths
-    variables = {**variables, "params": layers.widened(variables["params"])}
+    variables = {**variables, "params": tree_utils.widened(variables["params"])}
     grouped = Grouped(variables["params"])
     by = images if merge_by_data else None
     if by is None:
@@ -139,7 +139,7 @@ def group_heads(
         grouped.how = dict.fromkeys(("key", "value"), f"pooled {have} to {want} heads ({pooling})")
     if narrows or have != want:
         _forecast(grouped, before, variables, after, moments, by is not None)
-    grouped.params = layers.cast(grouped.params, after.param_dtype)
+    grouped.params = tree_utils.cast(grouped.params, after.param_dtype)
     if refit:
         _refit(grouped, before, variables, after, images)
     return grouped
@@ -211,7 +211,7 @@ def _forecast(
 ) -> None:
     """What was discarded, where products of weights say it: no norms between, groups that stay."""
     params, fixed = as_equal_groups(before, variables)
-    params, new = (layers.unstack_layers(tree) for tree in (params, grouped.params))
+    params, new = (tree_utils.unstack_layers(tree) for tree in (params, grouped.params))
     if not fixed or after.attention.rule.dynamic or not_linear(new["blocks_0"]["attn"]):
         return
     if moments is None:
@@ -334,7 +334,7 @@ def fit_norm_stats(
     wanted = flatten_dict(jax.device_get(vit.init_norm_stats(after.clone(scan_layers=False))))
     kept = {}
     if _measures(before) == _measures(after):
-        there = flatten_dict(layers.unstack_layers(norm_stats))
+        there = flatten_dict(tree_utils.unstack_layers(norm_stats))
         kept = {p: x for p, x in there.items() if p in wanted and x.shape == wanted[p].shape}
     return unflatten_dict({**wanted, **kept}), set(kept)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from kdgqa_jax.heads.merging import Merged, merge_heads
 from kdgqa_jax.heads.moments import InputMoments, data_free_by_layer
-from kdgqa_jax.layers import stack_layers, unstack_layers
+from kdgqa_jax.tree_utils import stack_layers, unstack_layers
 
 
 def one_per_query_head(params: dict[str, Any], allocations: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kdgqa_jax.errors import UserError, unknown
-from kdgqa_jax.layers import stack_layers, unstack_layers
+from kdgqa_jax.tree_utils import stack_layers, unstack_layers
 
 Array = jax.Array
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdgqa_jax import layers, sharding, vit
+from kdgqa_jax import sharding, tree_utils, vit
 from kdgqa_jax.block import Block
 from kdgqa_jax.heads.calibration import padded_batches
 from kdgqa_jax.heads.ridge import EVERY, Refit, Sums, solve
@@ -126,7 +126,7 @@ def refit_outputs(
     observe, go_on = _make_steps(before, after, mesh)
     whole = sharding.replicated(mesh)
     old, new = (
-        {name: layers.unstack_layers(tree) for name, tree in v.items()}
+        {name: tree_utils.unstack_layers(tree) for name, tree in v.items()}
         for v in (before_variables, variables)
     )
     streams, new_params = [], dict(new["params"])
@@ -157,7 +157,7 @@ def refit_outputs(
         scale = np.asarray(new["params"][name].get("ls1", 1.0), np.float64)
         solved, refits[name] = solve(_with_scale(projection, scale), **sums, strength=strength)
         solved = {f"{name}/attn/out": _without_scale(solved, scale, projection)}
-        (refitted,) = layers.cast(solved, projection["kernel"].dtype).values()
+        (refitted,) = tree_utils.cast(solved, projection["kernel"].dtype).values()
         attention = {**new["params"][name]["attn"], "out": refitted}
         new_params[name] = {**new["params"][name], "attn": attention}
         new_layer = jax.device_put({**_layer(new, name), "params": new_params[name]}, whole)
@@ -166,7 +166,7 @@ def refit_outputs(
             for out, (_, y, masks) in zip(passed, streams, strict=True)
         ]
     stacked = "blocks" in variables["params"]
-    return layers.stack_layers(new_params) if stacked else new_params, refits
+    return tree_utils.stack_layers(new_params) if stacked else new_params, refits
 
 
 def _first_stream(model: vit.VisionTransformer, images: Array) -> Array:

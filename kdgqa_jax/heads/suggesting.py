@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdgqa_jax import layers, vit
+from kdgqa_jax import tree_utils, vit
 from kdgqa_jax.errors import UserError
 from kdgqa_jax.heads.calibration import layer_moments
 from kdgqa_jax.heads.grouping import as_equal_groups
@@ -45,7 +45,7 @@ def fewest_kv_heads(
     """
     check_share(share)
     params, fixed = as_equal_groups(model, variables)
-    params = layers.unstack_layers(jax.device_get(params))
+    params = tree_utils.unstack_layers(jax.device_get(params))
     by = "by weights and norm scales, without data"
     if images is not None:
         by = f"on {len(images)} images"

@@ -155,7 +155,7 @@ class Layout:
       needs: options that weights do not show and that differ between models of this layout.
       only_plain: names alone tell of a plain ViT; whatever else they show fits several models.
       config_file: what lies beside the weights and says of the model.
-      resize: how the framework resizes position embeddings, a name in `adapt.RESIZING`.
+      resize: how the framework resizes position embeddings, a name in `resizing.RESIZING`.
       resize_with_registers: that of models with registers, where it is another one.
       any_size: the framework resizes them for the images that come.
     """

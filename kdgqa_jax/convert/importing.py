@@ -31,7 +31,7 @@ class Loaded:
     norm_stats: Flat
     description: dict[str, Any]  # the rest of model.json
     report: ConversionReport
-    resize: str = "timm"  # how its framework resizes position embeddings, of `adapt.RESIZING`
+    resize: str = "timm"  # how its framework resizes position embeddings, of `resizing.RESIZING`
     seen_size: tuple[int, int] | None = None  # of images, where its framework resizes for them
 
 
@@ -60,7 +60,7 @@ class _File:
         return UserError(f"{self.source.path}: {problem}")
 
 
-def load_foreign(
+def load_file(
     place: str,
     num_heads: int | None,
     seed: int,

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import ml_collections
 
-from kdgqa_jax import checkpoint, convert, layers, options, paths, vit
+from kdgqa_jax import checkpoint, convert, options, paths, tree_utils, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.data import pipeline
@@ -26,7 +26,7 @@ def _options(*roles: str) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class InitialModel:
     """What a run starts from.
 
     Attributes:
@@ -51,7 +51,7 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int) -> vit.Visi
     return vit.create(**config.model.to_dict(), num_classes=num_classes)
 
 
-def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) -> Start:
+def load(config: ml_collections.ConfigDict, num_classes: int, channels: int) -> InitialModel:
     """What `config` starts from, for a data set.
 
     Args:
@@ -65,7 +65,7 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
     preprocessing = {name: config.data[name] for name in pipeline.PREPROCESSING}
     if not config.init:
         model = {**config.model.to_dict(), "num_classes": num_classes}
-        return Start(model, preprocessing)
+        return InitialModel(model, preprocessing)
     asked = _asked(config)
     converted, of_the_run = _options(CONVERSION), _options(RUN, PROGRAM)
     found = convert.load(
@@ -93,8 +93,8 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
     built = vit.create(**model)
     memory = found.variables.get("norm_stats", {})
     memory, _ = grouping.fit_norm_stats(found.model, memory, built)
-    params = layers.cast(found.variables["params"], built.param_dtype)
-    layout = layers.stack_layers if built.scan_layers else layers.unstack_layers
+    params = tree_utils.cast(found.variables["params"], built.param_dtype)
+    layout = tree_utils.stack_layers if built.scan_layers else tree_utils.unstack_layers
     variables = {"params": layout(params), "norm_stats": layout(memory)}
     attention = found.model.attention
     notes = [
@@ -109,7 +109,7 @@ def start(config: ml_collections.ConfigDict, num_classes: int, channels: int) ->
         notes.append(f"parameters cast from {there} to {here} (config.model.param_dtype)")
     if followed:
         notes.append(f"taken over: {', '.join(f'{k} {v}' for k, v in followed.items())}")
-    return Start(model, preprocessing, tuple(notes), variables)
+    return InitialModel(model, preprocessing, tuple(notes), variables)
 
 
 def follow_preprocessing(data: ml_collections.ConfigDict, theirs: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _asked(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
-def check_start(config: ml_collections.ConfigDict, init: str, model: dict[str, Any]) -> None:
+def check(config: ml_collections.ConfigDict, init: str, model: dict[str, Any]) -> None:
     """Raise UserError unless `config` can start from a model with these arguments of `vit.create`.
 
     `init` is what errors call that model, which need not be there yet.
@@ -175,20 +175,20 @@ def _check_architecture(
 RECORD = "start.json"
 
 
-def write(start: Start, workdir: paths.Path) -> None:
+def write(initial: InitialModel, workdir: paths.Path) -> None:
     """Keep what a run started from, so that it can resume without the other model."""
     fields = ("model", "preprocessing")
-    workdir_lib.write_json(workdir / RECORD, {name: getattr(start, name) for name in fields})
+    workdir_lib.write_json(workdir / RECORD, {name: getattr(initial, name) for name in fields})
 
 
-def read(workdir: paths.Path, config: ml_collections.ConfigDict) -> Start | None:
+def read(workdir: paths.Path, config: ml_collections.ConfigDict) -> InitialModel | None:
     """What a run has started from, to be run as `config` has it now; None: from nothing."""
     path = workdir / RECORD
     if not path.exists():
         return None
-    start = Start(**workdir_lib.read_json(path))
+    initial = InitialModel(**workdir_lib.read_json(path))
     program = {name: config.model[name] for name in _options(PROGRAM)}
-    return dataclasses.replace(start, model={**start.model, **program})
+    return dataclasses.replace(initial, model={**initial.model, **program})
 
 
 def check_shapes(init: str, variables: dict[str, Any], expected: dict[str, Any]) -> None:
