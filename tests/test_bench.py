@@ -26,6 +26,7 @@ def test_steps_take_turns_with_pytorch(capsys, tmp_path, what):
     peer, mha, gqa = rows.values()
     assert [peer["name"].split()[0], mha["name"], gqa["name"]] == ["torch", "mha", "gqa"]
     assert all(row["seconds"] > 0 and row["rate"] > 0 for row in rows.values())
+    assert all(len(row["rounds"]) == 2 for row in rows.values())
     assert gqa["argument_bytes"] < mha["argument_bytes"] and gqa["temporary_bytes"] > 0
     assert all(next((tmp_path / "trace" / name).rglob("*.xplane.pb")) for name in ("mha", "gqa"))
     for row in rows.values():

@@ -77,7 +77,7 @@ def bench_steps(
     """Compile a step per variant, run them in turns, print a table.
 
     In each round every variant runs once, so that what else the machine does falls on all alike; a
-    first round, which warms up, does not count.
+    first round, which warms up, does not count. Ratios are medians of those within a round.
 
     Args:
       what: a name in `STEPS`.
@@ -90,8 +90,8 @@ def bench_steps(
     Returns:
       Per row: name, temporary_bytes, argument_bytes, compile_seconds, peak_bytes (the most memory
       of the device in use so far, None where it is not known), and with rounds seconds (median of a
-      step), rate (images/s), utilisation (model FLOPs of the peak; None where that is not known).
-      With a profile parts: seconds of one step by kind of operation, see `bench.traces`.
+      step), rate (images/s), rounds (seconds of each), utilisation (model FLOPs of the peak; None
+      where that is not known). With a profile parts: seconds by kind of operation (`bench.traces`).
 
     Raises:
       UserError: options that do not fit, or `peer` without PyTorch.
@@ -122,6 +122,7 @@ def bench_steps(
             seconds = statistics.median(run.seconds[1:])
             peak = _peak()
             timed = {"seconds": seconds, "rate": config.batch_size / seconds}
+            timed["rounds"] = run.seconds[1:]
             timed["utilisation"] = run.flops / seconds / peak if peak else None
         results.append({**run.facts, **timed})
     _print(what, results, config)
@@ -265,7 +266,10 @@ def _print_parts(results: list[dict[str, Any]]) -> None:
 def _print(what: str, results: list[dict[str, Any]], config: ml_collections.ConfigDict) -> None:
     def ratio(result: dict[str, Any], to: str, key: str) -> str:
         one = next((r for r in results if r["name"] == to), None)
-        return f"{result[key] / one[key]:.3f}" if one and key in result else ""
+        if not one or key not in result:
+            return ""
+        pairs = zip(np.atleast_1d(result[key]), np.atleast_1d(one[key]), strict=True)
+        return f"{statistics.median(ours / theirs for ours, theirs in pairs):.3f}"
 
     def mib(result: dict[str, Any], key: str) -> str:
         return f"{result[key] / MIB:,.0f}" if result.get(key) is not None else ""
@@ -275,8 +279,8 @@ def _print(what: str, results: list[dict[str, Any]], config: ml_collections.Conf
         columns |= {
             "step s": lambda r: f"{r['seconds']:.3f}",
             "images/s": lambda r: f"{r['rate']:,.1f}",
-            "to mha": lambda r: ratio(r, "mha", "seconds"),
-            "to gqa": lambda r: ratio(r, "gqa", "seconds"),
+            "to mha": lambda r: ratio(r, "mha", "rounds"),
+            "to gqa": lambda r: ratio(r, "gqa", "rounds"),
         }
         if results[0]["utilisation"] is not None:
             columns["model FLOPs"] = lambda r: f"{100 * r['utilisation']:.1f} %"
