@@ -305,13 +305,20 @@ def run_predict(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    """Write a model as a function."""
-    from kdgqa_jax import exported
+    """Write a model as a function, or in ONNX."""
+    from kdgqa_jax import exported, exported_onnx
     from kdgqa_jax.console import say
 
     workdir.check_new(arguments.out)
-    platforms = [name for name in arguments.platforms.split(",") if name]
     place, scope = arguments.out, arguments.allocation_scope
+    if place.endswith(exported_onnx.SUFFIX):
+        if arguments.platforms is not None:
+            raise UserError("--platforms belongs to .npz files; ONNX is for no platform")
+        exported_onnx.export(arguments.checkpoint, place, scope)
+        say(f"written: {place}, checked with ONNX Runtime; any batch size")
+        return
+    given = "cpu,cuda,tpu" if arguments.platforms is None else arguments.platforms
+    platforms = [name for name in given.split(",") if name]
     exported.export(arguments.checkpoint, place, platforms, scope)
     say(f"written: {place}, for {', '.join(platforms)}; any batch size")
 

@@ -132,7 +132,7 @@ def export(
         that cannot be written.
     """
     if pathlib.Path(out).suffix != ".npz":
-        raise UserError(f"{out}: an exported function is a NumPy archive; give a name in .npz")
+        raise UserError(f"{out}: give a name in .npz (a function for JAX) or in .onnx")
     for platform in platforms:
         if platform not in PLATFORMS:
             raise unknown("platform", platform, PLATFORMS)

@@ -300,10 +300,8 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdgqa export`."""
     _add_checkpoint(parser)
-    parser.add_argument("--out", type=PATH, required=True, help="the .npz file to write")
-    parser.add_argument(
-        "--platforms", default="cpu,cuda,tpu", help="where it is to run, with commas"
-    )
+    parser.add_argument("--out", type=PATH, required=True, help="the .npz file, or .onnx, to write")
+    parser.add_argument("--platforms", help="where it is to run, with commas: cpu,cuda,tpu")
     parser.add_argument(
         "--allocation-scope",
         choices=["example"],

@@ -148,7 +148,7 @@ def test_image_files_and_classes(kdgqa, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["export", "--checkpoint", "{model}", "--out", "m.txt"], "give a name in .npz"),
+        (["export", "--checkpoint", "{model}", "--out", "m.txt"], "m.txt: give a name in .npz"),
         (["export", "--checkpoint", "{model}", "--out", "m.npz", "--platforms", "gpu"],
          "unknown platform 'gpu'"),
         (["export", "--checkpoint", "{model}", "--out", "m.npz", "--platforms", ","],
