@@ -102,7 +102,7 @@ def load(config: ml_collections.ConfigDict, num_classes: int, channels: int) -> 
         f" key/value heads for {attention.num_heads} query heads"
     ]
     notes += found.report.notes
-    changed = [(n, e.how) for n, e in found.report.entries.items() if n == "pos_embed" and e.how]
+    changed = [(n, e.how) for n, e in found.report.origins.items() if n == "pos_embed" and e.how]
     notes += [f"{name}: {'; '.join(how)}" for name, how in changed]
     there, here = (jnp.dtype(m.param_dtype).name for m in (found.model, built))
     if there != here:

