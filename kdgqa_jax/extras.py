@@ -22,6 +22,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "torch": ("torch",),
     "encoders": ("tokenizers",),
     "prepare": ("tensorflow",),
+    "cloud": ("etils", "gcsfs", "s3fs"),
     "wandb": ("wandb",),
     "all": (*_DEMO, "tokenizers"),
 }

@@ -12,6 +12,7 @@ import pathlib
 import re
 from typing import Any
 
+from kdgqa_jax import extras
 from kdgqa_jax.errors import UserError, one_line
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib makes gs:/x of gs://x
@@ -72,15 +73,10 @@ def place(path: str | os.PathLike, what: str = "path") -> Path:
             " a name is ./NAME)"
         )
     package = STORES[scheme[1]].package
-    try:
+    with extras.named(f"{what} {text!r}", extra="cloud"):
         importlib.import_module(package)
         import fsspec
         from etils import epath
-    except ImportError:
-        raise UserError(
-            f"{what} {text!r} needs the package {package}: pip install {package}, or"
-            ' "kdgqa-jax[cloud]"'
-        ) from None
     # It logs each failure with a traceback; ours is one sentence.
     logging.getLogger(package).setLevel(logging.CRITICAL)
     # Other processes write too: what was listed a moment ago is no longer what is there.
