@@ -3,11 +3,8 @@
 import concurrent.futures
 import contextlib
 import functools
-import gc
-import logging
 import os
 import pathlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from kdgqa_jax import paths, processes, sharding, storage, tree_utils, workdir
+from kdgqa_jax import orbax_logs, paths, processes, sharding, storage, tree_utils, workdir
 from kdgqa_jax.console import say
 from kdgqa_jax.errors import UserError, one_line
 
@@ -61,7 +58,7 @@ class StateCheckpoints:
         self.directory = directory
         self._mirror: storage.Mirror | None = None  # on the first process
         self._uploads = concurrent.futures.ThreadPoolExecutor(1)
-        logging.getLogger("absl").addFilter(_not_of_orbax)  # threads log late what we report
+        orbax_logs.silence()
         with self._reported("read"):
             self._checkpointer = ocp.training.Checkpointer(
                 directory if paths.orbax_writes(directory) else self._local_folder(),
@@ -152,8 +149,7 @@ class StateCheckpoints:
         """
         steps = self.steps
         for step in reversed(steps):
-            with _quiet():
-                found = self._restore(step, like)
+            found = self._restore(step, like)
             if not isinstance(found, str):
                 return found
             aside = self.directory.parent / f"damaged_checkpoint_{step}"
@@ -226,19 +222,16 @@ class StateCheckpoints:
             storage.remove(self._mirror.local / str(step))
 
     def __enter__(self) -> "StateCheckpoints":
-        self._silence = contextlib.ExitStack()
-        self._silence.enter_context(_quiet())  # saves that fail are reported by us
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Wait for saves under way. Raises UserError if one of them failed."""
-        with self._silence:
-            try:
-                self._end(error)
-            finally:
-                self._uploads.shutdown()
-                if self._mirror:
-                    self._mirror.close()
+        try:
+            self._end(error)
+        finally:
+            self._uploads.shutdown()
+            if self._mirror:
+                self._mirror.close()
 
     def _end(self, error: BaseException | None) -> None:
         if error is None:
@@ -315,22 +308,3 @@ def _one_line(error: Exception) -> str:
     disk = next((reason for reason in _DISK if reason in text), None)
     start = min((text.find(reason) for reason in _DATA if reason in text), default=0)
     return disk or f"{type(error).__name__}: {text[start : start + 160]}"
-
-
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without tracebacks of what was left alone when something else failed."""
-    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    level = logger.level
-    try:
-        sys.unraisablehook = lambda unraisable: None
-        logger.setLevel(logging.CRITICAL)
-        yield
-        gc.collect()  # tasks that were left alone complain when they are collected
-    finally:
-        sys.unraisablehook = hook
-        logger.setLevel(level)
