@@ -198,7 +198,7 @@ def storage(workdir: str | os.PathLike) -> Findings:
         rate = STORED_MIB * MIB / seconds
         found.add(f"{name}_bytes_per_second", rate, f"{rate / 1e6:.0f} MB/s ({place})")
     if not same:
-        found.problems.append(f"{place} does not give back what is written there")
+        found.problems.append(f"{place} does not hold what was written there")
     return found
 
 

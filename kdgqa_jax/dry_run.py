@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_collections
 
@@ -12,7 +12,7 @@ from kdgqa_jax.console import say, table
 from kdgqa_jax.grid import Cell, Stage
 from kdgqa_jax.study import plan
 
-Config = ml_collections.ConfigDict
+Config: TypeAlias = ml_collections.ConfigDict
 
 
 def show(config: Config, workdir: str | os.PathLike | None = None) -> float | None:

@@ -67,10 +67,10 @@ def export(
             )
             session = onnxruntime.InferenceSession(program.SerializeToString())
             noise = np.random.default_rng(0).standard_normal((3, *image_shape), np.float32)
-            far = max(
-                _distance(session.run(["logits"], {"images": images})[0], function(arrays, images))
-                for images in (noise[:1], noise)
-            )
+            far = 0.0
+            for images in (noise[:1], noise):
+                (found,) = session.run(["logits"], {"images": images})
+                far = max(far, _distance(found, function(arrays, jnp.asarray(images))))
     except Exception as error:  # whatever either of them raises
         raise UserError(
             f"the model in {directory} does not become ONNX ({one_line(error)}); `kdgqa export"

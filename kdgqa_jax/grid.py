@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import urllib.parse
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import ml_collections
 
@@ -25,7 +25,7 @@ from kdgqa_jax.attention import VARIANTS
 from kdgqa_jax.entry import Entry, parse_entries
 from kdgqa_jax.errors import UserError
 
-Config = ml_collections.ConfigDict
+Config: TypeAlias = ml_collections.ConfigDict
 
 STAGES = ("pretrained", "converted", "uptrained", "finetuned")
 """Of the protocol, in order. Each begins with the model of the one before it."""

@@ -69,7 +69,7 @@ def request_huge_pages() -> None:
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Return memory that is free, but kept by the allocator, to the system.
 
     Compiling alone leaves hundreds of MiB of it, in which what comes after spreads out.

@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import time
 import traceback
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import ml_collections
@@ -36,7 +36,7 @@ from kdgqa_jax.evaluate import evaluate, make_eval_step
 from kdgqa_jax.grid import SECTIONS, Stage
 from kdgqa_jax.version import versions
 
-Config = ml_collections.ConfigDict
+Config: TypeAlias = ml_collections.ConfigDict
 Record = dict[str, Any]
 
 RECORD = "record.json"

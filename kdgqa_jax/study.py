@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import ml_collections
@@ -33,7 +33,7 @@ from kdgqa_jax.data import identity
 from kdgqa_jax.errors import UserError
 from kdgqa_jax.grid import Cell, Stage
 
-Config = ml_collections.ConfigDict
+Config: TypeAlias = ml_collections.ConfigDict
 Record = dict[str, Any]
 
 MAY_GROW = ("variants", "grid", "seeds", "probes", "probed", "rates")

@@ -1,6 +1,6 @@
 """What can be known of a study before its first stage: mistakes that would show hours later."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import ml_collections
@@ -13,7 +13,7 @@ from kdgqa_jax.errors import UserError, check_seed, unknown
 from kdgqa_jax.grid import SECTIONS, STAGES, Cell
 from kdgqa_jax.probes import PROBES
 
-Config = ml_collections.ConfigDict
+Config: TypeAlias = ml_collections.ConfigDict
 
 
 class Datasets:

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from kdgqa_jax.preemption import Preemption
 from kdgqa_jax.train_step import ON_NONFINITE, TrainState, init_state, make_train_step, step_config
 from kdgqa_jax.version import versions
 
-Config = ml_collections.ConfigDict
+Config: TypeAlias = ml_collections.ConfigDict
 
 MAY_CHANGE = (
     "mesh",
@@ -211,7 +211,7 @@ def _train_and_evaluate(
         state = jax.jit(begin_new, out_shardings=shardings)()
     initial_model = dataclasses.replace(initial_model, variables=None)  # frees them
     if config.on_nonfinite == "stop" and int(state.first_skipped):  # it was "skip" before
-        state = jax.jit(_forgive, donate_argnums=0, out_shardings=shardings)(state)
+        state = jax.jit(_clear_skipped, donate_argnums=0, out_shardings=shardings)(state)
 
     # --- Loop -----------------------------------------------------------------------------------
     train_step = make_train_step(model, step_config(config), num_steps, mesh)
@@ -233,7 +233,7 @@ def _train_and_evaluate(
     }
     started = time.monotonic()
 
-    def position() -> dict[str, Any]:
+    def position_now() -> dict[str, Any]:
         """Where the run is, beside the state."""
         seconds = seconds_before + time.monotonic() - started
         return {"data": batches.get_state(), "seconds": seconds}
@@ -274,7 +274,7 @@ def _train_and_evaluate(
         tests[step] = result
         if config.keep_best and _is_best(result, tests.values(), config.keep_best):
             save_model("best", step)
-        memory.give_back()
+        memory.trim_heap()
         return result
 
     progress = ProgressBar(title, num_steps, first_step)
@@ -318,8 +318,8 @@ def _train_and_evaluate(
                         evaluate_now(step)
                     if saves:
                         writer.flush()
-                        checkpoints.save(step, state, position())
-                        memory.give_back()
+                        checkpoints.save(step, state, position_now())
+                        memory.trim_heap()
                     interval_started += time.monotonic() - paused
                 if ends:
                     checkpoints.wait()
@@ -331,19 +331,19 @@ def _train_and_evaluate(
         result |= {
             "best_top1": max(t["top1"] for t in tests.values()),
             "steps": num_steps,
-            "seconds": position()["seconds"],
+            "seconds": position_now()["seconds"],
             "skipped_updates": int(state.skipped),
             "train_step_compilations": train_step._cache_size(),
         }
         writer.flush()
-        checkpoints.save(num_steps, state, position())
+        checkpoints.save(num_steps, state, position_now())
     processes.on_first_process(lambda: workdir_lib.write_json(workdir / "result.json", result))
     return result
 
 
-def _forgive(state: TrainState) -> TrainState:
+def _clear_skipped(state: TrainState) -> TrainState:
     """The state as if no update had been left out so far; the count of them stays."""
-    return state.replace(first_skipped=jnp.zeros_like(state.first_skipped))
+    return dataclasses.replace(state, first_skipped=jnp.zeros_like(state.first_skipped))
 
 
 def _is_best(result: dict[str, Any], tests: Iterable[dict[str, Any]], measure: str) -> bool:

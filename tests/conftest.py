@@ -16,7 +16,7 @@ import pytest
 from hypothesis import settings
 
 # Machines that run tests differ in speed, and a test that draws new numbers each time cannot be
-# told from a flaky one.
+# distinguished from a flaky one.
 settings.register_profile("kdgqa", deadline=None, derandomize=True)
 settings.load_profile("kdgqa")
 

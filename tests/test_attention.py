@@ -392,7 +392,7 @@ def test_the_table_of_variants_is_tested():
         ({"num_heads": 5, "num_kv_heads": 5}, "width 48 is not a multiple of the 5 query heads"),
     ],
 )
-def test_bad_options_are_told_in_one_sentence(options, message):
+def test_bad_options_are_reported_in_one_sentence(options, message):
     fields = {"num_heads": N, "num_kv_heads": K, "attention": "kdgqa"} | options
     with pytest.raises(UserError, match=message) as caught:
         jax.eval_shape(layer(**fields).init, jax.random.key(0), tokens())
@@ -400,7 +400,7 @@ def test_bad_options_are_told_in_one_sentence(options, message):
 
 
 @pytest.mark.parametrize("attention", helpers.DGQA)
-def test_missing_memory_is_told_in_one_sentence(attention):
+def test_missing_memory_is_reported_in_one_sentence(attention):
     module, x = layer(attention), tokens()
     variables = helpers.fast_jit(module.init)(jax.random.key(0), x)
     with pytest.raises(UserError, match="reads its memory from the collection 'norm_stats'"):

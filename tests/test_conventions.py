@@ -65,6 +65,7 @@ WORDS = {
     r"\bworked off\b": "processed",
     r"\b(is|are|can be) had\b": "obtained, available",
     r"\bforgiv": "accepts",
+    r"\bgive back\b": "return, trim",
 }
 """Words that readers stumble over, and what to write."""
 
@@ -82,6 +83,18 @@ def test_plain_words():
     for where, text in [*pages, *(t for p in [*PACKAGE, *CONFIGS, *PROGRAMS] for t in texts(p))]:
         found += [(where, m[0], better) for word, better in WORDS.items()
                   if (m := re.search(word, text))]  # fmt: skip
+    assert not found
+
+
+def test_plain_names():
+    """Of functions, methods and classes, tests among them: words apart."""
+    found = []
+    for path in [*PACKAGE, *CONFIGS, *PROGRAMS, *TESTS]:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                words = node.name.replace("_", " ")
+                found += [(place(path, node), node.name, better) for word, better in WORDS.items()
+                          if re.search(word, words)]  # fmt: skip
     assert not found
 
 

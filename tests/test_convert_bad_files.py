@@ -112,7 +112,7 @@ def test_files_that_are_no_checkpoint(capsys, tmp_path, weights, write, says):
     assert says in refused(capsys, tmp_path, source)
 
 
-def test_all_missing_and_left_over_names_are_told_at_once(capsys, tmp_path, weights):
+def test_all_missing_and_left_over_names_are_listed_at_once(capsys, tmp_path, weights):
     for name in ("norm.weight", "blocks.1.mlp.fc2.bias"):
         del weights[name]
     weights |= {"extra.a": np.zeros(3, np.float32), "blocks.0.ls1.gamma": np.zeros(48, np.float32)}
@@ -135,7 +135,7 @@ def test_all_missing_and_left_over_names_are_told_at_once(capsys, tmp_path, weig
     assert ("norm/scale", "48", "", "missing, as allowed: newly initialised") in rows
 
 
-def test_all_wrong_shapes_are_told_at_once(capsys, tmp_path, weights):
+def test_all_wrong_shapes_are_listed_at_once(capsys, tmp_path, weights):
     weights["blocks.0.attn.proj.weight"] = np.zeros((48, 40), np.float32)
     weights["norm.bias"] = np.zeros(47, np.float32)
     weights["blocks.1.attn.qkv.bias"] = np.zeros((144, 1), np.float32)  # of the same size

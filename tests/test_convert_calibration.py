@@ -175,10 +175,10 @@ def test_conversion_with_calibration_images(source, mha, tmp_path):
     assert "heads merged by svd, calibrated with 5 images" in note
     assert f"1: {least:.1%} of keys" in note
     converted.save(tmp_path / "model")
-    told = json.loads((tmp_path / "model" / "model.json").read_text())["converted"]
-    kept = np.array(told["energy_kept"]["blocks_1"]["keys"])
+    converted = json.loads((tmp_path / "model" / "model.json").read_text())["converted"]
+    kept = np.array(converted["energy_kept"]["blocks_1"]["keys"])
     helpers.assert_close(kept, merged["blocks_1"].keys_kept, 1e-5)
-    how = {row["parameter"]: row["how"] for row in told["parameters"]}
+    how = {row["parameter"]: row["how"] for row in converted["parameters"]}
     assert "merged 6 to 3 heads (svd)" in how["blocks_0..1/attn/key/kernel"]
     assert "adapted to merged heads (svd)" in how["blocks_0..1/attn/out/bias"]
 

@@ -11,18 +11,18 @@ from kdgqa_jax import convert
 
 def test_a_share_of_the_mutated_checkpoints():
     """Each mutation once, and as many that leave the numbers as they are."""
-    told = []
-    tally, kinds = fuzz_checkpoints.run(2 * len(MUTATIONS), seed=1, show=told.append)
-    assert not told
+    reported = []
+    tally, kinds = fuzz_checkpoints.run(2 * len(MUTATIONS), seed=1, show=reported.append)
+    assert not reported
     assert tally["loaded right"] + tally["refused"] == 2 * len(MUTATIONS)
     assert tally["loaded right"] > len(MUTATIONS) and len(kinds) >= 8
 
 
 @pytest.mark.slow
 def test_more_mutated_checkpoints():
-    told = []
-    fuzz_checkpoints.run(300, seed=2, show=told.append)
-    assert not told
+    reported = []
+    fuzz_checkpoints.run(300, seed=2, show=reported.append)
+    assert not reported
 
 
 def test_other_numbers_would_be_seen(tmp_path):

@@ -290,11 +290,11 @@ def test_values_of_any_type_are_refused_in_a_sentence_or_read():
         (config[section] if section else config)[field] = value
         source = files.Source(pathlib.Path("a/model.safetensors"), {}, config, {}, {})
         try:
-            told = timm.stated(source.config, "a/config.json")
+            stated = timm.stated(source.config, "a/config.json")
             preprocessing.describe(source, (32, 32))
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 400
             refused += 1
         else:
-            assert told.get("num_heads") in (6, None) and told.get("image_size") == (32, 32)
+            assert stated.get("num_heads") in (6, None) and stated.get("image_size") == (32, 32)
     assert refused > 100

@@ -220,8 +220,8 @@ def test_command_line_makes_heads_narrow_and_back(source, tmp_path, capsys):
     heads = ["--attention", "gqa", "--num-kv-heads", "3"]
     widths = ["--pooling", "svd", "--head-width", "5", "--v-head-width", "3"]
     assert cli.main([*command, *heads, *widths]) == 0
-    told = json.loads((tmp_path / "narrow" / "model.json").read_text())["converted"]
-    how = {row["parameter"]: row["how"] for row in told["parameters"]}
+    converted = json.loads((tmp_path / "narrow" / "model.json").read_text())["converted"]
+    how = {row["parameter"]: row["how"] for row in converted["parameters"]}
     assert "merged 6 to 3 heads (svd); narrowed 8 to 5 (svd)" in how["blocks_0..1/attn/key/kernel"]
     assert "narrowed 8 to 3 (svd)" in how["blocks_0..1/attn/value/kernel"]
     capsys.readouterr()

@@ -72,7 +72,7 @@ def change(root, how):
 
 
 @pytest.mark.parametrize("how", CHANGES)
-def test_every_change_of_the_listing_is_told(tmp_path, how):
+def test_every_change_of_the_listing_is_reported(tmp_path, how):
     root, run = tree(tmp_path / "photos"), tmp_path / "run"
     identity.check(run, {"data": describe(root)})
     shutil.copytree(root, tmp_path / "elsewhere")

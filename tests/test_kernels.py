@@ -416,7 +416,7 @@ def test_shapes_that_do_not_fit_are_refused(shapes, index, message):
     ],
 )
 @pytest.mark.parametrize("run", [lambda f, *x: f(*x), jax.eval_shape], ids=["eager", "traced"])
-def test_what_cannot_serve_is_told_in_one_sentence(refuse, message, run):
+def test_what_cannot_serve_is_reported_in_one_sentence(refuse, message, run):
     with pytest.raises(UserError, match=message) as caught:
         run(refuse, *qkv(), jnp.zeros(N, jnp.int32))
     assert "\n" not in str(caught.value)

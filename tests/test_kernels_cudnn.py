@@ -112,7 +112,7 @@ def test_it_is_preferred_where_it_serves(monkeypatch, version):
         (True, {"values": 8}, "it takes values as wide as keys, and not 8 and 16"),
     ],
 )
-def test_what_it_cannot_serve_is_told_in_one_sentence(monkeypatch, gpu, change, message):
+def test_what_it_cannot_serve_is_reported_in_one_sentence(monkeypatch, gpu, change, message):
     if gpu:
         on_gpu(monkeypatch)
     options = {"implementation": "cudnn"}

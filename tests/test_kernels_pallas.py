@@ -119,7 +119,7 @@ def test_one_compilation_serves_every_index():
     ],
 )
 @pytest.mark.parametrize("run", [lambda f, *x: f(*x), jax.eval_shape], ids=["eager", "traced"])
-def test_what_it_cannot_serve_is_told_in_one_sentence(monkeypatch, change, message, run):
+def test_what_it_cannot_serve_is_reported_in_one_sentence(monkeypatch, change, message, run):
     monkeypatch.setattr(blocks, "INTERPRET", change.get("interpret", True))
     monkeypatch.setattr(blocks, "MEMORY", change.get("memory", blocks.MEMORY))
     given = inputs(

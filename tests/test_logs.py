@@ -277,7 +277,7 @@ class FakeWandb(types.ModuleType):
         self.finished += 1
 
 
-def test_weights_and_biases_goes_on_in_the_same_run(tmp_path, monkeypatch):
+def test_weights_and_biases_resumes_the_same_run(tmp_path, monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     write_run(tmp_path, 2, wandb="mine", config={"seed": 42})

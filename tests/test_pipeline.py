@@ -51,7 +51,7 @@ def test_training_sees_every_image_once_an_epoch_in_another_order():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_interrupted_iterator_goes_on_in_mid_epoch(workers):
+def test_interrupted_iterator_resumes_in_mid_epoch(workers):
     """Stopped after 3 batches of 4 in epochs of 10: the bytes are those of an unbroken run."""
     whole = take(pipeline.TrainBatches(numbered(10), batch_size=4, seed=0), 8)
     first = pipeline.TrainBatches(numbered(10), 4, 0, workers)

@@ -186,7 +186,7 @@ def flip_a_bit(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [cut, pathlib.Path.unlink, flip_a_bit])
-def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     config_file, whole, tmp_path, capfd, damage
 ):
     workdir = unfinished(whole, tmp_path / "run")
@@ -200,7 +200,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
     assert_same_run(workdir, whole)
 
 
-def test_when_no_checkpoint_can_be_read_nothing_starts_anew(config_file, whole, tmp_path):
+def test_when_no_checkpoint_can_be_read_no_run_starts_over(config_file, whole, tmp_path):
     workdir = unfinished(whole, tmp_path / "run")
     for folder in (workdir / "checkpoints").iterdir():
         cut(data_file(folder))
@@ -209,7 +209,7 @@ def test_when_no_checkpoint_can_be_read_nothing_starts_anew(config_file, whole, 
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_is_told_and_older_checkpoints_stay(config_file, whole, tmp_path):
+def test_a_full_disk_is_reported_and_older_checkpoints_stay(config_file, whole, tmp_path):
     """A limit on the size of files, which the metrics stay below and a checkpoint does not."""
     workdir = unfinished(whole, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "30")

@@ -1,4 +1,4 @@
-"""The training loop: it learns, compiles once, and goes on exactly where it was stopped."""
+"""The training loop: it learns, compiles once, and resumes exactly where it was stopped."""
 
 import csv
 import itertools
@@ -111,7 +111,7 @@ def interrupt(settings, workdir, step):
 
 
 @pytest.mark.parametrize("stop_at", [3, 8])
-def test_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, stop_at):
+def test_interrupted_run_resumes_bit_for_bit(whole_run, tmp_path, stop_at):
     """Stopped before and after the first checkpoint (step 5)."""
     workdir, result = whole_run
     interrupt(tiny_config("dgqa_diff"), tmp_path, stop_at)
@@ -249,7 +249,7 @@ def go_back(workdir, step):
 
 @pytest.mark.slow
 def test_numbers_that_are_not_finite(monkeypatch, poison, tmp_path):
-    """They stop a run; it goes on under `skip`, which leaves them out, and then under `stop`."""
+    """They stop a run; it resumes under `skip`, which leaves them out, and then under `stop`."""
     read = train.pipeline.TrainBatches.__next__
 
     def with_a_bad_one(self):
@@ -278,7 +278,7 @@ def test_numbers_that_are_not_finite(monkeypatch, poison, tmp_path):
 
 @pytest.mark.slow
 def test_the_best_model_is_kept(tmp_path):
-    """Also by a run that goes on, which knows the tests before."""
+    """Also by a run that resumes, which knows the tests before."""
     often = {"keep_best": "loss", "eval_every_epochs": 2 * 32 / 1437}
     settings = tiny_config("gqa", **often, **{"optim.learning_rate": 0.02})
     train.train_and_evaluate(settings, tmp_path)

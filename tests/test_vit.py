@@ -388,7 +388,7 @@ def test_capturing_shows_every_layer():
         ("mu/2", {"class_token": False}, 'pool "token" needs class_token=True'),
     ],
 )
-def test_bad_options_are_told_in_one_sentence(name, options, message):
+def test_bad_options_are_reported_in_one_sentence(name, options, message):
     with pytest.raises(UserError, match=message) as caught:
         vit.create(name, **options)
     assert "\n" not in str(caught.value)
