@@ -90,7 +90,7 @@ COMMANDS: dict[str, Command] = {
         "logits or top classes of images", flags.add_predict, commands.run_predict, extra="convert"
     ),
     "export": Command(
-        "a model as one file that JAX and NumPy can call",
+        "a model as one file for JAX and NumPy, or as ONNX",
         flags.add_export,
         commands.run_export,
         extra="convert",

@@ -317,8 +317,9 @@ def run_export(arguments: argparse.Namespace) -> None:
         exported_onnx.export(arguments.checkpoint, place, scope)
         say(f"written: {place}, checked with ONNX Runtime; any batch size")
         return
-    given = "cpu,cuda,tpu" if arguments.platforms is None else arguments.platforms
-    platforms = [name for name in given.split(",") if name]
+    platforms = exported.DEFAULT_PLATFORMS
+    if arguments.platforms is not None:
+        platforms = [name for name in arguments.platforms.split(",") if name]
     exported.export(arguments.checkpoint, place, platforms, scope)
     say(f"written: {place}, for {', '.join(platforms)}; any batch size")
 

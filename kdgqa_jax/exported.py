@@ -28,6 +28,8 @@ Arrays = dict[str, np.ndarray]
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 """What programs can be lowered for, in the words of `jax.export`."""
 
+DEFAULT_PLATFORMS = ("cpu", "cuda", "tpu")
+
 FUNCTION, METADATA = "function", "metadata"
 FORMAT = 1
 
@@ -114,7 +116,7 @@ def stored(variables: dict[str, Any]) -> Arrays:
 def export(
     directory: str | os.PathLike,
     out: str | os.PathLike,
-    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    platforms: Sequence[str] = DEFAULT_PLATFORMS,
     allocation_scope: str | None = None,
 ) -> dict[str, Any]:
     """Write the model of a model directory as a function; its metadata.

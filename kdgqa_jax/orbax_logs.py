@@ -11,12 +11,15 @@ import traceback
 from typing import Any
 
 LOGGERS = ("absl", "asyncio")
-_FILES = "/orbax/"
+_FILES = "/orbax/checkpoint/"
 
 
 @functools.cache
 def silence() -> None:
-    """Drop them for the rest of the process; what others log with these loggers stays."""
+    """Drop them for the rest of the process; what others log with these loggers stays.
+
+    "Event loop is closed" is dropped whoever says it.
+    """
     for name in LOGGERS:
         logging.getLogger(name).addFilter(_stays)
     sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
@@ -26,7 +29,7 @@ def _stays(record: logging.LogRecord) -> bool:
     if record.levelno < logging.ERROR:
         return True
     trace = traceback.format_exception(record.exc_info[1]) if record.exc_info else []
-    return not any(_FILES in text for text in (record.pathname, record.getMessage(), *trace))
+    return not any(_FILES in text for text in (record.pathname, str(record.msg), *trace))
 
 
 def _unraisable(before: Any, unraisable: Any) -> None:

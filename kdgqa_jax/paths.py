@@ -73,10 +73,16 @@ def place(path: str | os.PathLike, what: str = "path") -> Path:
             " a name is ./NAME)"
         )
     package = STORES[scheme[1]].package
-    with extras.named(f"{what} {text!r}", extra="cloud"):
+    extras.needs(package, f"{what} {text!r}")
+    try:
         importlib.import_module(package)
         import fsspec
         from etils import epath
+    except ImportError as error:
+        raise UserError(
+            f"{what} {text!r}: {package} cannot be imported ({one_line(error)}); install"
+            ' "kdgqa-jax[cloud]"'
+        ) from None
     # It logs each failure with a traceback; ours is one sentence.
     logging.getLogger(package).setLevel(logging.CRITICAL)
     # Other processes write too: what was listed a moment ago is no longer what is there.

@@ -3,6 +3,8 @@
 import collections
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from kdgqa_jax import cli, vit
@@ -55,6 +57,31 @@ def test_where_operations_run_at_once_time_is_shared():
         "attention": 3.0,
         "linear layers": 3.0,
     }
+
+
+def test_the_newest_trace_counts_and_one_without_operations_is_said(tmp_path, capsys):
+    """A second trace in a folder does not add to the first one."""
+    function = jax.jit(lambda x: (x @ x).sum()).lower(np.ones((64, 64), np.float32)).compile()
+    seconds = []
+    for _ in range(2):
+        with jax.profiler.trace(tmp_path):
+            jax.block_until_ready(function(np.ones((64, 64), np.float32)))
+        newest = max(tmp_path.rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime_ns)
+        seconds.append(sum(traces.read(tmp_path, function.as_text()).values()))
+        alone = sum(traces.read(newest.parent, function.as_text()).values())
+        assert seconds[-1] == alone > 0
+    assert traces.read(tmp_path, "") == {}
+    steps._print_parts([{"name": "gqa", "parts": {}}])
+    assert "there is no table of them" in capsys.readouterr().out
+
+
+def test_a_bad_directory_for_traces_is_refused_first(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    command = ["bench", "train", *TINY, f"--profile={tmp_path / 'file' / 'x'}"]
+    assert cli.main(command) == 1
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+    assert cli.main(["bench", "train", *TINY, f"--profile={tmp_path}", "--rounds=0"]) == 1
+    assert "--profile needs steps that run" in capsys.readouterr().err
 
 
 def test_steps_can_be_compiled_alone(capsys, tmp_path):

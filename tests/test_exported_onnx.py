@@ -1,6 +1,7 @@
 """Models as ONNX files. Those that need jax2onnx are skipped where it is not installed."""
 
 import json
+import pathlib
 import sys
 import types
 
@@ -43,12 +44,63 @@ def test_onnx_runtime_computes_what_jax_does(make_model, tmp_path, variant, stac
         helpers.assert_close(found, np.concatenate(list(alone)), 1e-5)
 
 
-def test_other_numbers_are_refused(make_model, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"param_dtype": "bfloat16"}])
+def test_half_precision_becomes_float32(make_model, tmp_path, options):  # noqa: F811
     pytest.importorskip("jax2onnx")
-    monkeypatch.setattr(exported_onnx, "_distance", lambda *_: 0.5)
-    with pytest.raises(UserError, match=r"are 5\.0e-01 of their size away, and 1e-04 was expected"):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = make_model("gqa", **options)
+    assert export(path, tmp_path / "m.onnx") == 0
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(["logits"], {"images": helpers.images(2)})
+    model, variables, _ = checkpoint.load_model(path)
+    helpers.assert_close(
+        found, predict.predict_array(model, variables, helpers.images(2)).logits, 0.05
+    )
+
+
+class Standin:
+    """Of the packages: a program, and a session that answers with `logits` of three images."""
+
+    def __init__(self, logits):
+        self.logits = logits
+        self.metadata_props = types.SimpleNamespace(add=lambda **_: None)
+        self.checker = types.SimpleNamespace(check_model=lambda program: None)
+
+    def InferenceSession(self, content):
+        return self
+
+    def SerializeToString(self):
+        return b"program"
+
+    def to_onnx(self, *_, **__):
+        return self
+
+    def run(self, names, inputs):
+        return [self.logits[: len(inputs["images"])]]
+
+
+@pytest.mark.parametrize(
+    ("logits", "says"),
+    [
+        (
+            np.full((3, 5), 1e9, np.float32),
+            r"of their size away, and 1e-04 was expected",
+        ),
+        (np.full((3, 5), np.nan, np.float32), "are nan of their size away"),
+        (np.zeros((3, 1), np.float32), r"logits \(1, 1\) by ONNX Runtime, \(1, 5\) expected"),
+    ],
+)
+def test_other_numbers_are_refused(make_model, tmp_path, monkeypatch, logits, says):  # noqa: F811
+    for name in ("onnx", "onnxruntime", "jax2onnx"):
+        monkeypatch.setitem(sys.modules, name, Standin(logits))
+    with pytest.raises(UserError, match=f"does not become ONNX .*{says}"):
         exported_onnx.export(make_model("gqa"), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_has_the_packages():
+    page = pathlib.Path(__file__).parents[1] / "docs" / "export.md"
+    assert exported_onnx.INSTALL in page.read_text()
 
 
 def test_mistakes_are_one_sentence(make_model, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -28,15 +28,16 @@ def fails(file):
 
 @pytest.mark.parametrize("logger", orbax_logs.LOGGERS)
 def test_errors_of_orbax_alone_are_dropped(log, logger):
-    ours, theirs = fails("/x/ours.py"), fails("/site-packages/orbax/future.py")
+    ours, theirs = fails("/x/ours.py"), fails("/site-packages/orbax/checkpoint/future.py")
     logger = logging.getLogger(logger)
     logger.error("Task exception was never retrieved", exc_info=theirs)
-    logger.error("Task was destroyed: <coro running at /site-packages/orbax/io.py:3>")
+    logger.error("Task was destroyed: <coro running at /site-packages/orbax/checkpoint/io.py:3>")
     assert not log.records
     logger.error("Task exception was never retrieved", exc_info=ours)
     logger.error("another")
-    logger.warning("/orbax/ warns")
-    assert len(log.records) == 3
+    logger.warning("/orbax/checkpoint/ warns")
+    logger.error("gs://bucket/orbax/run is another place: %d", 3)
+    assert len(log.records) == 4
 
 
 def test_what_is_raised_where_nobody_catches_it(log, monkeypatch):
@@ -45,7 +46,7 @@ def test_what_is_raised_where_nobody_catches_it(log, monkeypatch):
     orbax_logs.silence.__wrapped__()
     errors = [
         fails("/x/ours.py"),
-        fails("/site-packages/orbax/io.py"),
+        fails("/site-packages/orbax/checkpoint/io.py"),
         RuntimeError("Event loop is closed"),
         None,
     ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from kdgqa_jax import config as config_lib
 from kdgqa_jax.attention import VARIANTS, variant_name
 from kdgqa_jax.bench import peer as peer_lib
 from kdgqa_jax.bench import traces
-from kdgqa_jax.console import table
+from kdgqa_jax.console import say, table
 from kdgqa_jax.errors import UserError
 from kdgqa_jax.train_step import init_state
 
@@ -97,7 +98,9 @@ def bench_steps(
       UserError: options that do not fit, or `peer` without PyTorch.
     """
     if profile and not rounds:
-        raise UserError("--profile is of a step that is run; leave it out, or --rounds 0")
+        raise UserError("--profile needs steps that run; leave out --profile or --rounds 0")
+    if profile:
+        _make_folder(profile)
     for variant in variants:  # all of them, before the first one takes its time
         of_variant = _of_variant(config, variant)
         train.check(of_variant)
@@ -129,6 +132,13 @@ def bench_steps(
     if profile:
         _print_parts(results)
     return results
+
+
+def _make_folder(path: str) -> None:
+    try:
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--profile {path} cannot be written ({error.strerror})") from None
 
 
 def model_flops(model: vit.VisionTransformer, batch: int, training: bool) -> float:
@@ -255,6 +265,10 @@ def _peak() -> float | None:
 
 def _print_parts(results: list[dict[str, Any]]) -> None:
     """A row for each kind of operation, most of all first."""
+    results = [r for r in results if r["parts"]]
+    if not results:
+        say("the traces name no operations of these programs, so there is no table of them")
+        return
     kinds = sorted({kind for r in results for kind in r["parts"]})
     kinds.sort(key=lambda kind: -sum(r["parts"].get(kind, 0.0) for r in results))
     rows = [[kind, *(f"{r['parts'].get(kind, 0.0):.3f}" for r in results)] for kind in kinds]

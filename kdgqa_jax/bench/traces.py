@@ -13,10 +13,10 @@ from kdgqa_jax import aot
 KINDS: tuple[tuple[str, str], ...] = (
     ("augmentation", r"/augmentation/"),
     ("optimizer", r"/optimizer/"),
-    ("linear layers", r"/(query|key|value|out|fc1|fc2|patch_embed|head)/"),
+    ("linear layers", r"/(query|key|value|out|fc1|fc2|gate|patch_embed|head)/"),
+    ("norms", r"/(norm|norm1|norm2|norm_pre|patch_norm|fc_norm|q_norm|k_norm)/"),
     ("attention", r"/attn/"),
     ("activation", r"/mlp/"),
-    ("norms", r"/(norm|norm1|norm2|fc_norm)/"),
 )
 """Kinds of operations, by the names that the model gives them; the first that matches counts."""
 
@@ -31,10 +31,11 @@ _ARRANGES = {
 
 
 def read(folder: str | os.PathLike, program: str) -> dict[str, float]:
-    """Seconds by kind of operation, most first, of all executions in a trace.
+    """Seconds by kind of operation, most first, of all executions in the newest trace of a folder.
 
     Where operations run at once, the time is shared between them. XLA hands products to threads
     that record nothing on CPUs: time without an operation is that of the product begun last.
+    {} where the trace names no operations of the program, as it may on accelerators.
 
     Args:
       folder: of `jax.profiler.trace`.
@@ -45,11 +46,11 @@ def read(folder: str | os.PathLike, program: str) -> dict[str, float]:
         kinds[operation.id] = _kind(operation, fused)
         if any(o.kind in ("dot", "convolution") for o in (operation, *fused)):
             products.add(operation.id)
-    files = sorted(pathlib.Path(folder).rglob("*.xplane.pb"))
-    planes = [plane for file in files for plane in ProfileData.from_file(os.fspath(file)).planes]
+    files = pathlib.Path(folder).rglob("*.xplane.pb")
+    newest = max(files, key=lambda file: file.stat().st_mtime_ns)
     spans = [
         span
-        for plane in planes
+        for plane in ProfileData.from_file(os.fspath(newest)).planes
         for line in plane.lines
         for span in _exclusive(line.events)
         if span[2] in kinds
