@@ -225,8 +225,7 @@ def _collectives(
     channel, which then is in `seen`, counts once. An all-reduce of which each device keeps a slice
     is a reduce-scatter.
     """
-    inside = computations.get(operation.calls or None, []) if operation.kind == "fusion" else []
-    for o in (operation, *inside):
+    for o in (operation, *_fused(operation, computations)):
         channel = re.search(r"channel_id=(\d+)", o.text)
         match = re.fullmatch(_COLLECTIVE, o.kind)
         if not match or (channel and channel[1] in seen):
@@ -261,8 +260,11 @@ def operations(text: str) -> Iterator[tuple[Operation, list[Operation]]]:
     """(operation, those that are fused into it) of a whole program, given as its text."""
     computations = _computations(text)
     for operation in itertools.chain.from_iterable(computations.values()):
-        fused = operation.kind == "fusion"
-        yield operation, computations.get(operation.calls, []) if fused else []
+        yield operation, _fused(operation, computations)
+
+
+def _fused(operation: Operation, computations: dict[str, list[Operation]]) -> list[Operation]:
+    return computations.get(operation.calls or None, []) if operation.kind == "fusion" else []
 
 
 def _executed(

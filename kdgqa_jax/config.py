@@ -6,7 +6,6 @@ Configs live in configs/NAME.py as `get_config(arg)`; structure goes into the ar
 
 import dataclasses
 import importlib
-import importlib.machinery
 import importlib.util
 import math
 import pathlib
@@ -174,12 +173,11 @@ def load_config(name: str) -> ConfigDict:
 def _load_file(name: str, arg: str) -> ConfigDict:
     if not pathlib.Path(name).is_file():
         raise UserError(f"config file {name} not found")
-    loader = importlib.machinery.SourceFileLoader("user_config", name)
-    spec = importlib.machinery.ModuleSpec("user_config", loader, origin=name)
-    spec.has_location = True
+    spec = importlib.util.spec_from_file_location("user_config", name)
+    assert spec and spec.loader  # as every name in .py has
     module = importlib.util.module_from_spec(spec)
     try:
-        loader.exec_module(module)
+        spec.loader.exec_module(module)
         if not callable(getattr(module, "get_config", None)):
             raise UserError(f"config file {name} has no function get_config(arg)")
         config = module.get_config(arg)

@@ -113,6 +113,17 @@ def stored(variables: dict[str, Any]) -> Arrays:
     }
 
 
+def metadata_of(model: vit.VisionTransformer, description: dict[str, Any]) -> dict[str, Any]:
+    """What an exported file says of its model, JSON; `description` is that of its directory."""
+    return {
+        "model": vit.arguments(model),
+        "image_shape": (*model.image_shape, description["channels"]),
+        "class_names": description["class_names"],
+        "preprocessing": description["preprocessing"],
+        "versions": version.versions(),
+    }
+
+
 def export(
     directory: str | os.PathLike,
     out: str | os.PathLike,
@@ -145,17 +156,12 @@ def export(
     model, variables, description = checkpoint.load_model(directory)
     model = independent_model(model, f"the model in {directory}", allocation_scope)
     arrays = stored(variables)
-    image_shape = (*model.image_shape, description["channels"])
-    program = _lowered(model, arrays, image_shape, platforms)
+    program = _lowered(model, arrays, (*model.image_shape, description["channels"]), platforms)
     metadata = {
         "format": FORMAT,
-        "model": vit.arguments(model),
-        "image_shape": image_shape,
-        "class_names": description["class_names"],
-        "preprocessing": description["preprocessing"],
+        **metadata_of(model, description),
         "platforms": list(program.platforms),
         "attention": ATTENTION,
-        "versions": version.versions(),
     }
     members = {
         **arrays,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdgqa_jax import checkpoint, exported, paths, tree_utils, version, vit, workdir
+from kdgqa_jax import checkpoint, exported, paths, tree_utils, workdir
 from kdgqa_jax.errors import UserError, one_line
 
 SUFFIX = ".onnx"
@@ -56,14 +56,8 @@ def export(
     model = model.clone(scan_layers=False, dtype=None, param_dtype="float32")
     variables = tree_utils.widened(tree_utils.in_layout(variables, stacked=False))
     arrays = {name: jnp.asarray(x) for name, x in exported.stored(variables).items()}
-    image_shape = (*model.image_shape, description["channels"])
-    metadata = {
-        "model": vit.arguments(model),
-        "image_shape": image_shape,
-        "class_names": description["class_names"],
-        "preprocessing": description["preprocessing"],
-        "versions": version.versions(),
-    }
+    metadata = exported.metadata_of(model, description)
+    image_shape = metadata["image_shape"]
     function = exported.function_of(model)
     noise = np.random.default_rng(0).standard_normal((3, *image_shape), np.float32)
     try:
