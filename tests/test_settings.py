@@ -56,3 +56,12 @@ def test_every_package_is_installed():
     listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     there = {p.parent.relative_to(root) for p in root.glob("kdgqa_jax/**/__init__.py")}
     assert set(listed) == {".".join(p.parts) for p in there} | {"kdgqa_jax.configs"}
+
+
+def test_a_checkout_has_its_configs_in_the_package():
+    """`python -m kdgqa_jax...` in a checkout imports from there, whatever is installed."""
+    root = pathlib.Path(__file__).parents[1]
+    code = "import kdgqa_jax.configs.testing as config; print(config.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert found.returncode == 0, found.stderr
+    assert pathlib.Path(found.stdout.strip()).resolve() == root / "configs" / "testing.py"
