@@ -34,7 +34,7 @@ def show(config: Config, workdir: str | os.PathLike | None = None) -> float | No
     study_checks.check_fields(config)
     datasets = study_checks.Datasets(declared=True)
     planned = plan(config, grid.cells(config), datasets)
-    place = paths.local(workdir, "workdir") if workdir else None
+    place = paths.place(workdir, "workdir") if workdir else None
     stages = {s.folder: s for stages in planned.values() for s in stages}
     records = {f: place and stages_lib.finished(place, s) for f, s in stages.items()}
     _show_cells(planned, records)

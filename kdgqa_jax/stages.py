@@ -6,8 +6,6 @@ again.
 """
 
 import os
-import pathlib
-import shutil
 import time
 import traceback
 from typing import Any, NamedTuple, TypeAlias
@@ -21,8 +19,10 @@ from kdgqa_jax import (
     convert,
     initial,
     options,
+    paths,
     probes,
     sharding,
+    storage,
     train,
     tree_utils,
     vit,
@@ -42,7 +42,7 @@ Record = dict[str, Any]
 RECORD = "record.json"
 
 
-def config_of(study: Config, stage: Stage, workdir: pathlib.Path | None = None) -> Config:
+def config_of(study: Config, stage: Stage, workdir: paths.Path | None = None) -> Config:
     """The training config of a stage.
 
     Args:
@@ -85,7 +85,7 @@ class Finished(NamedTuple):
     seconds: float
 
 
-def finished(workdir: pathlib.Path, stage: Stage) -> Finished | None:
+def finished(workdir: paths.Path, stage: Stage) -> Finished | None:
     """What a stage has found; None before it has ended."""
     path = workdir / stage.folder / RECORD
     if not path.exists():
@@ -95,7 +95,7 @@ def finished(workdir: pathlib.Path, stage: Stage) -> Finished | None:
     return Finished(content["probes"] if stage.probes else [content], seconds)
 
 
-def finish(study: Config, workdir: pathlib.Path, stage: Stage) -> str:
+def finish(study: Config, workdir: paths.Path, stage: Stage) -> str:
     """Run a stage, unless it has ended before, and return a line about it ("" if it had).
 
     Raises:
@@ -114,7 +114,7 @@ def finish(study: Config, workdir: pathlib.Path, stage: Stage) -> str:
         raise
 
 
-def _finish(study: Config, workdir: pathlib.Path, stage: Stage) -> str:
+def _finish(study: Config, workdir: paths.Path, stage: Stage) -> str:
     place, config = workdir / stage.folder, config_of(study, stage, workdir)
     title = f"seed {stage.cell.seed} {stage.cell.name} {stage.name}"
     started = time.monotonic()
@@ -124,14 +124,14 @@ def _finish(study: Config, workdir: pathlib.Path, stage: Stage) -> str:
         content = _record(place, stage, config, _model(study, config, stage, place, title))
     content["seconds"] = round(content.get("seconds", time.monotonic() - started), 3)
     workdir_lib.write_json(place / RECORD, content)
-    shutil.rmtree(place / "checkpoints", ignore_errors=True)  # several times as large as the model
+    storage.remove(place / "checkpoints")  # several times as large as the model
     records, seconds = finished(workdir, stage)
     top1 = ", ".join(f"{r['top1']:.2f} % ({r['stage']})" for r in records)
     return f"{title}: top-1 {top1}, {seconds:.1f} s"
 
 
 def _model(
-    study: Config, config: Config, stage: Stage, place: pathlib.Path, title: str
+    study: Config, config: Config, stage: Stage, place: paths.Path, title: str
 ) -> dict[str, Any]:
     """Make the model of a stage of the protocol; its figures on the test split."""
     if stage.kind == "converted":
@@ -141,7 +141,7 @@ def _model(
     return _take(config, place)
 
 
-def _record(place: pathlib.Path, stage: Stage, config: Config, result: dict[str, Any]) -> Record:
+def _record(place: paths.Path, stage: Stage, config: Config, result: dict[str, Any]) -> Record:
     """From the model directory in `place` and its figures."""
     model, variables, _ = checkpoint.load_model(place / "model")
     num_params, num_kv_params = tree_utils.count_parameters(variables["params"])
@@ -170,7 +170,7 @@ def _record(place: pathlib.Path, stage: Stage, config: Config, result: dict[str,
 # --- stages without training ----------------------------------------------------------------------
 
 
-def _take(config: Config, place: pathlib.Path) -> dict[str, Any]:
+def _take(config: Config, place: paths.Path) -> dict[str, Any]:
     """The given model `config.init` with a head for the data; save and evaluate it as it is."""
     dataset = subsets.load(config.data, config.seed)
     channels, class_names = dataset.image_shape[-1], list(dataset.class_names)
@@ -188,7 +188,7 @@ def _take(config: Config, place: pathlib.Path) -> dict[str, Any]:
     return _evaluate(config, initial_model.build(), initial_model.variables, dataset)
 
 
-def _convert(study: Config, config: Config, stage: Stage, place: pathlib.Path) -> dict[str, Any]:
+def _convert(study: Config, config: Config, stage: Stage, place: paths.Path) -> dict[str, Any]:
     """Convert the model `config.init`; save and evaluate it as it is."""
     entry = stage.cell.entry
     before, variables, description = checkpoint.load_model(config.init)
@@ -237,7 +237,7 @@ def _evaluate(
     return {**result, "steps": 0}
 
 
-def _probe(config: Config, workdir: pathlib.Path, stage: Stage) -> list[Record]:
+def _probe(config: Config, workdir: paths.Path, stage: Stage) -> list[Record]:
     """The record of the stage that is probed, with the figures of each probe."""
     probed = workdir_lib.read_json(workdir / stage.before / RECORD)
     del probed["seconds"]

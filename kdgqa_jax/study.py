@@ -19,7 +19,6 @@ Every finished stage leaves record.json; a study that was stopped resumes from w
 import dataclasses
 import functools
 import os
-import pathlib
 from typing import Any, TypeAlias
 
 import jax
@@ -108,7 +107,7 @@ def plan(
 
 def begun_in(workdir: str | os.PathLike) -> set[str]:
     """The sections of which there is a folder."""
-    place = paths.local(workdir, "workdir")
+    place = paths.place(workdir, "workdir")
     return {
         section
         for section, (folders, _) in _BEGUN.items()
@@ -128,7 +127,7 @@ def _may_change(begun: set[str]) -> list[str]:
 
 
 def _records(
-    workdir: pathlib.Path, planned: dict[Cell, list[Stage]], failures: dict[str, str]
+    workdir: paths.Path, planned: dict[Cell, list[Stage]], failures: dict[str, str]
 ) -> list[Record]:
     """Those of results.json, by the order of the grid: pretrained models before their cells.
 
@@ -160,7 +159,7 @@ def _records(
     return records
 
 
-def _write(workdir: pathlib.Path, planned: dict[Cell, list[Stage]], records: list[Record]) -> None:
+def _write(workdir: paths.Path, planned: dict[Cell, list[Stage]], records: list[Record]) -> None:
     """results.json, what failed, how long stages took, and the report of all cells that ended."""
     folder = workdir / "report"
     failed = [record for record in records if "failed" in record]
@@ -183,7 +182,7 @@ def _sentence(record: Record) -> str:
     return f"- {record['entry']}, seed {record['seed']}, {record['stage']}: {record['failed']}"
 
 
-def _raise_failures(records: list[Record], workdir: pathlib.Path) -> None:
+def _raise_failures(records: list[Record], workdir: paths.Path) -> None:
     failed = [record for record in records if "failed" in record]
     if failed:
         cells = len({(r["entry"], r["seed"]) for r in records if r["stage"] != "pretrained"})

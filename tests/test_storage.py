@@ -3,6 +3,7 @@
 import json
 import os
 
+import encoder_helpers
 import helpers
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 import source_helpers
 import stores
 
-from kdgqa_jax import checkpoint, logs, paths, state_checkpoints, storage, vit, workdir
-from kdgqa_jax.data import identity, sources
+from kdgqa_jax import checkpoint, cli, logs, paths, state_checkpoints, storage, vit, workdir
+from kdgqa_jax.data import identity, images, sources
 from kdgqa_jax.errors import UserError
 
 
@@ -127,6 +128,25 @@ def test_data_sets(place, tmp_path):
     assert described[0] == described[1]
     with pytest.raises(UserError, match=rf"{place} holds none of train-images.*; put train-im"):
         sources.load("mnist", str(place))
+
+
+def test_images_and_encoders(place, tmp_path):
+    """What calibrates a conversion, what is predicted, and an encoder that is merged."""
+    source_helpers.folder_tree(tmp_path / "photos")
+    encoder = encoder_helpers.MODELS["bert"]()
+    encoder.save_pretrained(tmp_path / "encoder")
+    np.save(tmp_path / "tokens.npy", np.arange(24).reshape(3, 8) % 30)
+    files = {f: place / f.relative_to(tmp_path).as_posix() for f in tmp_path.rglob("*")}
+    storage.upload({file: there for file, there in files.items() if file.is_file()})
+    names = [[f.name for f in images.find([f"{root}/photos"])] for root in (tmp_path, place)]
+    assert names[0] == names[1] != []
+    with pytest.raises(UserError, match=rf"{place}/none not found"):
+        images.find([f"{place}/none"])
+    for root in (tmp_path, place):
+        flags = [f"--source={root}/encoder", f"--calibration={root}/tokens.npy"]
+        assert cli.main(["merge-encoder", *flags, "--num-kv-heads=2", f"--out={root}/out"]) == 0
+    for file in (tmp_path / "out").iterdir():
+        assert (place / "out" / file.name).read_bytes() == file.read_bytes(), file
 
 
 def test_the_newest_run_holds_a_workdir(place):

@@ -11,9 +11,11 @@ import helpers
 import pytest
 import stores
 import test_survival
+from test_study import tiny_study
 from test_survival import config_file, whole  # noqa: F401
 
-from kdgqa_jax import checkpoint, cli, logs, paths, state_checkpoints, storage
+from kdgqa_jax import checkpoint, cli, dry_run, logs, paths, report, state_checkpoints, storage
+from kdgqa_jax import study as study_lib
 from kdgqa_jax.data import idx
 
 
@@ -104,3 +106,27 @@ def test_a_bucket_that_begins_to_refuse_writes_loses_nothing(config_file, whole,
     helpers.assert_close(
         checkpoint.load_model(workdir / "model")[1], checkpoint.load_model(whole / "model")[1], 0.0
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_study_resumes_and_is_reported(store, tmp_path, capsys):
+    """Its results are those of a local one, to the byte."""
+    config = tiny_study(**{"finetune.epochs": 0.0})
+    study_lib.run_study(config, tmp_path / "local")
+    config.variants = ("gqa",)
+    study_lib.run_study(config, f"{store.root}/study")
+    config.variants = ("gqa", "kdgqa")
+    capsys.readouterr()
+    dry_run.show(config, f"{store.root}/study")
+    assert "5 stages" in (said := capsys.readouterr().out) and "3 are finished" in said
+    study_lib.run_study(config, f"{store.root}/study")
+    place = paths.place(f"{store.root}/study")
+    for name in ("results.json", "results.csv", "accuracy.svg"):
+        local = (tmp_path / "local" / "report" / name).read_bytes()
+        assert (place / "report" / name).read_bytes() == local, name
+    assert not (place / "seed42" / "gqa" / "uptrained" / "checkpoints").exists()
+    storage.remove(place / "report" / "report.html")
+    assert report.build(str(place)) == place / "report"
+    page = (place / "report" / "report.html").read_text()
+    assert "allocation" in page and "gs:" not in page.partition("<table")[0]

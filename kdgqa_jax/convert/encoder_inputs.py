@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kdgqa_jax import extras, paths
+from kdgqa_jax import extras, storage
 from kdgqa_jax.convert.encoders import Encoder
 from kdgqa_jax.convert.formats import first_line
 from kdgqa_jax.errors import UserError
@@ -33,7 +33,7 @@ def read(place: str, encoder: Encoder, count: int = 512, seed: int = 0) -> list[
     Raises:
       UserError: a file of another kind, or one that cannot be read; inputs that do not fit.
     """
-    path = paths.local(place, "calibration file")
+    path = storage.fetched(place, "calibration file")
     suffix = path.suffix.lower()
     if suffix not in (".txt", ".npy"):
         raise UserError(

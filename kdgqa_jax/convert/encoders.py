@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kdgqa_jax import paths
+from kdgqa_jax import storage
 from kdgqa_jax.convert.encoder_table import ACTIVATIONS, ARCHITECTURES, Architecture
 from kdgqa_jax.convert.formats import Arrays, first_line, read_arrays
 from kdgqa_jax.errors import UserError, one_line, unknown
@@ -145,7 +145,7 @@ def read(source: str) -> Encoder:
     Raises UserError: no such directory, weights of another kind than model.safetensors, an encoder
     that is not in `ARCHITECTURES` or computes something else, arrays that are missing.
     """
-    folder = paths.local(source, "source")
+    folder = storage.fetched(source, "source")
     if not folder.is_dir():
         raise UserError(f"source {source} is not a directory; give one that transformers has saved")
     stated = _config(folder)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from kdgqa_jax import paths
+from kdgqa_jax import storage
 from kdgqa_jax.data import modes
 from kdgqa_jax.errors import UserError, one_line, unknown
 
@@ -148,7 +148,7 @@ def find(places: Iterable[str | os.PathLike]) -> list[pathlib.Path]:
     Raises UserError: nothing there, or a folder without images or that cannot be listed.
     """
     found = []
-    for place in map(paths.local, places):
+    for place in map(storage.fetched, places):
         if place.is_dir():
             inside = sorted(_inside(place))
             if not inside:

@@ -4,11 +4,10 @@ import contextlib
 import functools
 import io
 import math
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from kdgqa_jax import workdir
+from kdgqa_jax import paths, workdir
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#4d4d4d")
 """Readers with any kind of colour vision can tell them apart (Okabe and Ito, 2008)."""
@@ -102,7 +101,7 @@ def _bytes(figure: Any, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def save(figure: Any, folder: pathlib.Path, name: str) -> bytes:
+def save(figure: Any, folder: paths.Path, name: str) -> bytes:
     """Write `folder`/NAME.png and NAME.svg; the content of the latter.
 
     Raises UserError where that is not possible.

@@ -9,7 +9,6 @@ recipe.py   a config file that gives a config again
 """
 
 import os
-import pathlib
 from collections.abc import Sequence
 
 from kdgqa_jax import paths, workdir
@@ -19,7 +18,7 @@ from kdgqa_jax.report import recipe, run, study
 __all__ = ["build"]
 
 
-def build(directory: str | os.PathLike, baselines: Sequence[str] = ()) -> pathlib.Path:
+def build(directory: str | os.PathLike, baselines: Sequence[str] = ()) -> paths.Path:
     """Write DIRECTORY/report from what a study or a training run has left there.
 
     Args:
@@ -33,7 +32,7 @@ def build(directory: str | os.PathLike, baselines: Sequence[str] = ()) -> pathli
       UserError: there is neither, a study that has not ended or of which all has failed, baselines
         that are no entries, damaged files.
     """
-    place = paths.local(directory, "workdir").absolute()
+    place = paths.absolute(directory, "workdir")
     if not (place / "config.json").exists():
         raise UserError(
             f"workdir {place} holds neither a study nor a training run (no config.json); give the"

@@ -1,12 +1,11 @@
 """What an analysis of heads leaves: analysis.json, plots, and a table for the terminal."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import numpy as np
 
-from kdgqa_jax import plots, version, vit, workdir
+from kdgqa_jax import paths, plots, version, vit, workdir
 from kdgqa_jax.analysis import KINDS, Analysis
 from kdgqa_jax.noise import Noise
 from kdgqa_jax.report.tables import Table
@@ -31,7 +30,7 @@ def write(
     found: Analysis,
     groups: np.ndarray,
     model: vit.VisionTransformer,
-    folder: pathlib.Path,
+    folder: paths.Path,
     about: dict[str, Any],
 ) -> None:
     """Write analysis.json and the plots (PNG and SVG) as a new folder; whole or not at all.

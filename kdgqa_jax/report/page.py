@@ -3,11 +3,10 @@
 import base64
 import dataclasses
 import importlib.resources
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from kdgqa_jax import plots
+from kdgqa_jax import paths, plots
 from kdgqa_jax.report.tables import Table
 
 
@@ -26,7 +25,7 @@ class Figure:
     about: str
 
     @classmethod
-    def saved(cls, figure: Any, about: str, folder: pathlib.Path, name: str) -> "Figure":
+    def saved(cls, figure: Any, about: str, folder: paths.Path, name: str) -> "Figure":
         """That of matplotlib, which is written to `folder`/NAME.png and .svg, too."""
         width = round(100 * figure.get_size_inches()[0])
         return cls(plots.save(figure, folder, name), width, about)

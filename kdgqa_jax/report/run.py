@@ -1,17 +1,16 @@
 """The report of one training run: report.html with its curves, allocations and config."""
 
 import json
-import pathlib
 from typing import Any
 
-from kdgqa_jax import logs, plots, workdir
+from kdgqa_jax import logs, paths, plots, workdir
 from kdgqa_jax.console import say
 from kdgqa_jax.report.page import Code, Figure, Section, render
 from kdgqa_jax.report.study import again
 from kdgqa_jax.report.tables import Table
 
 
-def write(directory: pathlib.Path, folder: pathlib.Path) -> None:
+def write(directory: paths.Path, folder: paths.Path) -> None:
     """Write report.html, config.py and plots into `folder`, from the directory of a run.
 
     The run may still be going, or have been stopped.
@@ -34,7 +33,7 @@ def write(directory: pathlib.Path, folder: pathlib.Path) -> None:
     say(f"report: {folder}")
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def _read(path: paths.Path) -> dict[str, Any]:
     """The content of a JSON file that the run writes at some time; {} before."""
     return workdir.read_json(path) if path.exists() else {}
 
@@ -78,7 +77,7 @@ _TESTED = {"top1": 2, "top5": 2, "loss": 4}
 
 
 def _page(
-    directory: pathlib.Path,
+    directory: paths.Path,
     config: dict[str, Any],
     records: list[dict[str, Any]],
     result: dict[str, Any],

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from kdgqa_jax import comparisons, console, logs, plots, workdir
+from kdgqa_jax import comparisons, console, logs, paths, plots, workdir
 from kdgqa_jax.attention import VARIANTS
 from kdgqa_jax.comparisons import Comparison, mean_and_interval
 from kdgqa_jax.console import say
@@ -25,7 +24,7 @@ History = dict[str, list[Record]]
 def write(
     records: Sequence[Record],
     histories: Mapping[str, History],
-    folder: pathlib.Path,
+    folder: paths.Path,
     config: dict[str, Any] | None = None,
     baselines: Sequence[str] = (),
 ) -> None:
@@ -57,12 +56,12 @@ def write(
     say(f"report: {folder}")
 
 
-def _write_text(path: pathlib.Path, text: str) -> None:
+def _write_text(path: paths.Path, text: str) -> None:
     with workdir.written_file(path) as temporary:
         temporary.write_text(text, "utf-8")
 
 
-def _write_tables(results: Results, found: Sequence[Comparison], folder: pathlib.Path) -> None:
+def _write_tables(results: Results, found: Sequence[Comparison], folder: paths.Path) -> None:
     figures = tables.to_csv(tables.summary(results), tables.SUMMARY)
     _write_text(folder / "results.csv", figures)
     _write_text(folder / "results.tex", tables.overview(results).latex())
@@ -298,7 +297,7 @@ def again(config: dict[str, Any] | None) -> list[Section]:
 # --- from the directory of a study ----------------------------------------------------------------
 
 
-def read(directory: pathlib.Path) -> tuple[list[Record], dict[str, History]]:
+def read(directory: paths.Path) -> tuple[list[Record], dict[str, History]]:
     """The records of a study, and by entry what training has logged in its first seed.
 
     Raises UserError: it has not ended, or its files are damaged.
@@ -335,7 +334,7 @@ def _folder(record: Record) -> str:
     return record.get("folder", old)
 
 
-def check(directory: pathlib.Path, records: Sequence[Record], baselines: Sequence[str]) -> None:
+def check(directory: paths.Path, records: Sequence[Record], baselines: Sequence[str]) -> None:
     """Raise UserError for a study whose cells all failed, or baselines that are no entries."""
     results = Results(records)
     if not results.rows:
