@@ -29,6 +29,7 @@ from kdgqa_jax import config as config_lib
 from kdgqa_jax import workdir as workdir_lib
 from kdgqa_jax.console import ProgressBar, say
 from kdgqa_jax.data import augment, identity, pipeline, subsets
+from kdgqa_jax.data.dataset import Dataset, check_dataset
 from kdgqa_jax.errors import LARGEST, Preempted, UserError, check_seed, unknown
 from kdgqa_jax.evaluate import evaluate, make_eval_step
 from kdgqa_jax.logs import MetricsWriter, check_packages, read_metrics
@@ -118,7 +119,10 @@ def count_steps(config: Config, images: int) -> int:
 
 
 def train_and_evaluate(
-    config: Config, workdir: str | os.PathLike, title: str = "train"
+    config: Config,
+    workdir: str | os.PathLike,
+    title: str = "train",
+    dataset: Dataset | None = None,
 ) -> dict[str, Any]:
     """Train by `config`, evaluate, and leave a model directory in `workdir/model`.
 
@@ -130,6 +134,8 @@ def train_and_evaluate(
       workdir: gets config.json, checkpoints, metrics.jsonl, metrics.csv, model and result.json, and
         what `keep_best` and `logs` ask for; on storage that all processes see.
       title: shown beside the progress bar.
+      dataset: taken instead of the one that `config.data` names; its name and an empty `data_dir`
+        are in the records. To resume, give the same one again.
 
     Returns:
       The content of result.json: final top1, top5 (percent), loss and allocation on the test split,
@@ -141,17 +147,25 @@ def train_and_evaluate(
       Preempted: SIGTERM came, and the state is saved.
     """
     with contextlib.ExitStack() as held:  # until the run ends, however it does
-        return _train_and_evaluate(config, workdir, title, held)
+        return _train_and_evaluate(config, workdir, title, dataset, held)
 
 
 def _train_and_evaluate(
-    config: Config, workdir: str | os.PathLike, title: str, held: contextlib.ExitStack
+    config: Config,
+    workdir: str | os.PathLike,
+    title: str,
+    dataset: Dataset | None,
+    held: contextlib.ExitStack,
 ) -> dict[str, Any]:
     # --- Config, data and model -----------------------------------------------------------------
     mesh = check(config)
-    asked, config = config.to_dict(), config.copy_and_resolve_references()
+    config = config.copy_and_resolve_references()
     data = config.data
-    dataset = subsets.load(data, config.seed)
+    if dataset is not None:
+        check_dataset(dataset)
+        data.name, data.data_dir = dataset.name, ""
+    asked = config.to_dict()
+    dataset = subsets.load(data, config.seed, dataset)
     data_now = identity.describe(dataset)
     steps_per_epoch = len(dataset.train) / config.batch_size
     num_steps = count_steps(config, len(dataset.train))

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from source_helpers import write_idx
 
 from kdgqa_jax.data import augment, sources
+from kdgqa_jax.data.dataset import Dataset, check_dataset
 from kdgqa_jax.errors import UserError
 
 
@@ -133,3 +134,27 @@ def test_model_input_is_normalised_and_resized():
     larger = np.asarray(augment.to_model_input(images, (4, 4), 0.0, 1.0))[0, :, :, 0]
     assert larger.shape == (4, 4)
     helpers.assert_close(larger[0], np.array([0, 0.25, 0.75, 1]), 1e-6)
+
+
+def own_dataset(images=(6, 5, 1), dtype=np.uint8, label=1, names=("a", "b"), count=3):
+    split = sources.ArraySplit(np.zeros((count, *images), dtype), np.full(count, label))
+    return Dataset("own", names, split, split)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"names": ()}, r"data set 'own': class_names=\(\) must be names of classes"),
+        ({"names": (0, 1)}, r"class_names=\(0, 1\) must be names"),
+        ({"count": 0}, "has no images to train on"),
+        ({"dtype": np.float32}, r"train\[0\]: the image is float32 of shape \(6, 5, 1\); expect"),
+        ({"images": (6, 5)}, r"uint8 of shape \(6, 5\); expected uint8 \(height, width, chan"),
+        ({"images": (3, 6, 5)}, r"uint8 of shape \(3, 6, 5\); expected"),
+        ({"label": 2}, r"train\[0\]: the label is array\(2.*\); expected an integer from 0 to 1"),
+        ({"label": 0.0}, "expected an integer from 0 to 1"),
+    ],
+)
+def test_a_data_set_of_ones_own_is_checked(changes, says):
+    check_dataset(own_dataset())
+    with pytest.raises(UserError, match=says):
+        check_dataset(own_dataset(**changes))

@@ -1,6 +1,7 @@
 """The training loop: it learns, compiles once, and resumes exactly where it was stopped."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from kdgqa_jax import checkpoint, config, evaluate, logs, state_checkpoints, train, tree_utils
+from kdgqa_jax.data import sources
 from kdgqa_jax.errors import UserError
 
 
@@ -184,6 +186,19 @@ def test_missing_start_leaves_no_trace(tmp_path):
     with pytest.raises(UserError, match="source nowhere not found"):
         train.train_and_evaluate(tiny_config("gqa", init="nowhere"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_data_set_of_ones_own(whole_run, tmp_path):
+    """The same numbers as those of a source with these images; resuming takes the same ones."""
+    settings, digits = tiny_config("dgqa_diff"), sources.load("digits")
+    own = dataclasses.replace(digits, name="own digits")
+    result = train.train_and_evaluate(settings, tmp_path, dataset=own)
+    assert {n: result[n] for n in FIGURES} == {n: whole_run[1][n] for n in FIGURES}
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["name"] == "own digits"
+    test = sources.ArraySplit(own.test.images[:9], own.test.labels[:9])
+    less = dataclasses.replace(own, test=test)
+    with pytest.raises(UserError, match="9 instead of 360 images to test on"):
+        train.train_and_evaluate(settings, tmp_path, dataset=less)
 
 
 def test_config_of_a_study_is_refused(tmp_path):

@@ -70,3 +70,29 @@ class Dataset:
             except UserError as error:
                 why = why or f"; the first: {error}"
         raise UserError(f"none of the {len(self.train)} images of {self.name} can be read{why}")
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """Raise UserError for a data set of somebody's own whose first examples are none.
+
+    Others than the first are not looked at, since that may mean reading them all.
+    """
+    where = f"data set {dataset.name!r}"
+    if not dataset.class_names or not all(isinstance(n, str) for n in dataset.class_names):
+        raise UserError(f"{where}: class_names={dataset.class_names!r} must be names of classes")
+    for use, split in (("train", dataset.train), ("test", dataset.test)):
+        if not len(split):
+            raise UserError(f"{where} has no images to {use} on")
+        item = split[0]
+        image, label = np.asarray(item["image"]), np.asarray(item["label"])
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+            raise UserError(
+                f"{where}, {use}[0]: the image is {image.dtype} of shape {image.shape}; expected"
+                " uint8 (height, width, channels) with 1 or 3 channels"
+            )
+        classes = len(dataset.class_names)
+        if label.dtype.kind not in "iu" or label.ndim or not 0 <= label < classes:
+            raise UserError(
+                f"{where}, {use}[0]: the label is {label!r}; expected an integer from 0 to"
+                f" {classes - 1}"
+            )

@@ -223,17 +223,28 @@ def load(name: str, data_dir: str | None = None, shift: str = "none") -> Dataset
         raise UserError(
             f"{error.filename} cannot be read ({error.strerror}); check its permissions"
         ) from None
+    size = dataset.native_size or source.native_size
+    return shifted(dataclasses.replace(dataset, native_size=size), shift)
+
+
+def shifted(dataset: Dataset, shift: str) -> Dataset:
+    """A data set with its images changed by one of `SHIFTS`.
+
+    Raises UserError: unknown shift, or a split without images.
+    """
+    if shift not in SHIFTS:
+        raise unknown("shift", shift, SHIFTS)
     for use, split in (("train", dataset.train), ("test", dataset.test)):
         if not len(split):
-            raise UserError(f"data set {name!r} has no images to {use} on")
-    size = dataset.native_size or source.native_size
-    if SHIFTS[shift] is None:
-        return dataclasses.replace(dataset, native_size=size)
+            raise UserError(f"data set {dataset.name!r} has no images to {use} on")
+    size, change = dataset.native_size, SHIFTS[shift]
+    if change is None:
+        return dataset
     return dataclasses.replace(
         dataset,
         train=ShiftedSplit(dataset.train, shift),
         test=ShiftedSplit(dataset.test, shift),
-        native_size=size and SHIFTS[shift](np.empty(size, np.uint8)).shape,
+        native_size=size and change(np.empty(size, np.uint8)).shape,
     )
 
 

@@ -72,7 +72,7 @@ def size(images: int, share: float) -> int:
     return max(round(share * images), 1)
 
 
-def load(config: ml_collections.ConfigDict, seed: int) -> Dataset:
+def load(config: ml_collections.ConfigDict, seed: int, dataset: Dataset | None = None) -> Dataset:
     """The data set of a run: that of `sources.load`, or the part that the config asks for.
 
     The training images of a share come in the order in which they were drawn; those of a smaller
@@ -81,12 +81,16 @@ def load(config: ml_collections.ConfigDict, seed: int) -> Dataset:
     Args:
       config: the fields of `config.data`.
       seed: of the run; the test images of a share are the same for all seeds.
+      dataset: taken instead of the one that the config names.
 
     Raises:
       UserError: what `sources.load` raises, or shares out of range.
     """
     check(config)
-    dataset = sources.load(config.name, config.data_dir, config.shift)
+    if dataset is None:
+        dataset = sources.load(config.name, config.data_dir, config.shift)
+    else:
+        dataset = sources.shifted(dataset, config.shift)
     classes = len(dataset.class_names)
     if config.label_noise and classes < 2:
         raise UserError(f"data.label_noise needs two classes or more; {dataset.name} has {classes}")
