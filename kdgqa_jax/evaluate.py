@@ -214,7 +214,7 @@ def evaluate_directory(
     _check_classes(directory, model, description, dataset, compare_names)
     dataset, statistics = prepared(directory, model, description, dataset)
     examples = {"test": dataset.test, "train": dataset.train}[split]
-    memory.check_batch("--batch-size", batch_size, (*examples.shape, description["channels"]))
+    memory.check_batch("--batch-size", batch_size, dataset.image_shape)
     eval_step = make_eval_step(model, *statistics, mesh)
     variables = jax.device_put(variables, sharding.replicated(mesh))
     with ProgressBar("evaluate", -(-len(examples) // batch_size)) as bar:

@@ -205,7 +205,7 @@ def _check_run(config: Config, model: vit.VisionTransformer, datasets: Datasets)
     channels = dataset.image_shape[-1]
     train.count_steps(config, datasets.sizes(data)[0])
     prepared = pipeline.prepare(dataset, model.image_shape, data)
-    train.check_batches(config, (*prepared.train.shape, channels))
+    train.check_batches(config, prepared.image_shape)
     if data.on_device:
         pipeline.check_on_device(prepared.train)
     if config.optim.freeze:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -59,7 +59,7 @@ parts of a batch are processed at once or layers are scanned, and what happens t
 not finite.
 """
 
-BEST = {"": None, "top1": max, "top5": max, "loss": min}
+BEST: dict[str, Callable[[Iterable[float]], float]] = {"top1": max, "top5": max, "loss": min}
 """Measures of the test split by which `keep_best` may choose, and what is best."""
 
 
@@ -86,9 +86,9 @@ def check(config: Config) -> jax.sharding.Mesh:
     augment.check(config.data.augment)
     if not 0.0 <= config.ema_decay < 1.0:
         raise UserError(f"config field ema_decay={config.ema_decay} must be at least 0, below 1")
-    for name, known in (("on_nonfinite", ON_NONFINITE), ("keep_best", BEST)):
+    for name, known in (("on_nonfinite", ON_NONFINITE), ("keep_best", ("", *BEST))):
         if config[name] not in known:
-            raise unknown(name, config[name], [str(k) for k in known if k])
+            raise unknown(name, config[name], [k for k in known if k])
     if config.data.workers < 0:
         raise UserError(f"config field data.workers={config.data.workers} must be 0 or more")
     if config.microbatch < fitting.AUTO:
@@ -147,12 +147,12 @@ def train_and_evaluate(
       Preempted: SIGTERM came, and the state is saved.
     """
     with contextlib.ExitStack() as held:  # until the run ends, however it does
-        return _train_and_evaluate(config, workdir, title, dataset, held)
+        return _train_and_evaluate(config, paths.place(workdir, "workdir"), title, dataset, held)
 
 
 def _train_and_evaluate(
     config: Config,
-    workdir: str | os.PathLike,
+    workdir: paths.Path,
     title: str,
     dataset: Dataset | None,
     held: contextlib.ExitStack,
@@ -171,11 +171,11 @@ def _train_and_evaluate(
     num_steps = count_steps(config, len(dataset.train))
     eval_every = max(round(config.eval_every_epochs * steps_per_epoch), 1)
     channels, num_classes = dataset.image_shape[-1], len(dataset.class_names)
-    initial_model = _initial_model(config, paths.place(workdir, "workdir"), num_classes, channels)
+    initial_model = _initial_model(config, workdir, num_classes, channels)
     model = initial_model.build()
     data.update(initial_model.preprocessing)
     dataset = pipeline.prepare(dataset, model.image_shape, data)
-    check_batches(config, (*dataset.train.shape, channels))
+    check_batches(config, dataset.image_shape)
     batches, fetch = pipeline.train_source(
         dataset.train, config.batch_size, config.seed, mesh, data.workers, data.on_device
     )
@@ -347,7 +347,7 @@ def _train_and_evaluate(
             "steps": num_steps,
             "seconds": position_now()["seconds"],
             "skipped_updates": int(state.skipped),
-            "train_step_compilations": train_step._cache_size(),
+            "train_step_compilations": train_step._cache_size(),  # type: ignore[attr-defined]
         }
         writer.flush()
         checkpoints.save(num_steps, state, position_now())

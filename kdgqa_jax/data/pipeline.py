@@ -117,7 +117,9 @@ def prepare(
     def prepared(split: Split) -> Prepared:
         return Prepared(split, tuple(shape), preprocessing, config.skip_corrupt)
 
-    return dataclasses.replace(dataset, train=prepared(dataset.train), test=prepared(dataset.test))
+    train, test = prepared(dataset.train), prepared(dataset.test)
+    size = (*train.shape, channels)
+    return dataclasses.replace(dataset, train=train, test=test, native_size=size)
 
 
 def _stack(items: Sequence[dict[str, Any]]) -> Batch:
