@@ -64,7 +64,8 @@ def test_what_is_not_there_says_how_to_get_it(tmp_path, monkeypatch):
 
 
 def test_stamps_lie_at_any_depth(tmp_path):
-    for i, place in enumerate(("animals/a.png", "animals/birds/b.png", "food/c.png", "food/d.png")):
+    places = ("animals/a.png", "animals/birds/b.png", "food/c.png", "food/d.png")
+    for i, place in enumerate((*places, "cartoon/tux/tux.png")):  # the last one of tuxpaint-data
         save(tmp_path / place, noise(i, 5, 4 + i, 4))
     (tmp_path / "animals" / "birds" / "b.txt").write_text("Bird")
     dataset = sources.load("tuxpaint_stamps", str(tmp_path))
