@@ -63,6 +63,9 @@ VARIANTS: dict[str, Variant] = {
 }
 ALIASES = {"mhsa": "mha"}  # the name in the released code
 
+GROUPS = "groups"
+"""The group index, as `jax.checkpoint` policies name it."""
+
 
 def register(name: str, rule: type[rules.Rule], noise: type | None = None) -> None:
     """Give a grouping rule a name; models, configs, conversion and studies know it from then on::
@@ -406,6 +409,6 @@ class GroupedQueryAttention(nn.Module):
 
     def _record_groups(self, scores: Array, allocation: Array) -> Array:
         """Sow them; the group index of the allocation."""
-        index = alloc.group_index(allocation, self.config.num_heads)
+        index = checkpoint_name(alloc.group_index(allocation, self.config.num_heads), GROUPS)
         self._record("grouping", key_norm=scores, allocation=allocation, group_index=index)
         return index

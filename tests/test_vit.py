@@ -1,6 +1,7 @@
 """The Vision Transformer: timm's semantics, its options, and its layouts."""
 
 import functools
+import re
 
 import helpers
 import jax
@@ -237,6 +238,30 @@ def test_remat_changes_no_number(remat, scan_layers):
     helpers.assert_close(again[0], plain[0], 1e-5)
     helpers.assert_close(again[1], plain[1], 1e-5)
     helpers.assert_close(again[2], plain[2], 1e-5, scale=helpers.largest(plain[2]))
+
+
+def test_remat_allocates_once():
+    """A backward pass has the groups of its forward pass, without norms of the batch once more."""
+    variables = vit_variables(tiny_vit("kdgqa"))
+
+    def allocations(**options):
+        stacked = {name: tree_utils.stack_layers(tree) for name, tree in variables.items()}
+        given, model = (
+            stacked if "scan_layers" in options else variables,
+            tiny_vit("kdgqa", **options),
+        )
+
+        def total(params):
+            return model.apply({**given, "params": params}, images(), train=True).sum()
+
+        jaxpr = str(jax.make_jaxpr(jax.grad(total))(given["params"]))
+        return len(re.findall(r"\bsqrt\b", jaxpr))  # of the norms
+
+    for layout in ({}, {"scan_layers": True}):
+        once = allocations(**layout)
+        assert once > 0
+        for remat in vit.REMAT_POLICIES:
+            assert allocations(remat=remat, **layout) == once, remat
 
 
 def test_remat_keeps_less():
