@@ -14,6 +14,15 @@ from kdgqa_jax import state_checkpoints
 ARG = "steps=24,every=50"  # saves nothing by itself
 
 
+@pytest.fixture(scope="module")
+def alone(config_file, tmp_path_factory):  # noqa: F811
+    """The workdir of the same steps by one process that nobody disturbs."""
+    workdir = tmp_path_factory.mktemp("alone")
+    statuses, errors = soak.wait_for_all(soak.start_all(config_file, workdir, 1, arg=ARG), 300.0)
+    assert statuses == [0], errors
+    return workdir
+
+
 def newest(workdir):
     return max(
         (int(name) for name in state_checkpoints._complete(workdir / "checkpoints")), default=0
@@ -30,26 +39,27 @@ def test_a_process_that_finds_no_others_says_so(config_file, tmp_path):  # noqa:
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_process_or_all_saves_the_same_step_everywhere(config_file, tmp_path):  # noqa: F811
-    """Two processes, of which the last is asked to end, then four, of which all are."""
+def test_sigterm_to_one_process_or_all_saves_the_same_step_everywhere(
+    config_file,  # noqa: F811
+    alone,
+    tmp_path,
+):
+    """Of two processes the second one is asked to end, then both are."""
     before = 0
-    for count, asked in ((2, slice(1, 2)), (4, slice(0, 4))):
-        processes = soak.start_all(config_file, tmp_path / "run", count, arg=ARG)
-        survival.wait_for_step(processes[0], tmp_path / "run", before + 2)
+    for asked in (slice(1, 2), slice(0, 2)):
+        processes = soak.start_all(config_file, tmp_path, 2, arg=ARG)
+        survival.wait_for_step(processes[0], tmp_path, before + 2)
         for process in processes[asked]:
             process.send_signal(signal.SIGTERM)
         statuses, errors = soak.wait_for_all(processes, 60.0)
-        assert statuses == [143] * count, errors
-        saved = newest(tmp_path / "run")
+        assert statuses == [143] * 2, errors
+        saved = newest(tmp_path)
         assert before + 2 <= saved < 24
         assert all(f"step {saved} of 24 is saved" in error for error in errors)
         before = saved
-    statuses, errors = soak.wait_for_all(
-        soak.start_all(config_file, tmp_path / "run", 1, arg=ARG), 300.0
-    )
+    statuses, errors = soak.wait_for_all(soak.start_all(config_file, tmp_path, 1, arg=ARG), 300.0)
     assert statuses == [0], errors
-    soak.wait_for_all(soak.start_all(config_file, tmp_path / "alone", 1, arg=ARG), 300.0)
-    assert soak.compare(tmp_path / "run", tmp_path / "alone") <= 1e-5
+    assert soak.compare(tmp_path, alone) <= 1e-5
 
 
 @pytest.mark.slow
@@ -68,8 +78,6 @@ def test_a_process_that_stalls_ends_the_others_in_a_sentence(config_file, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_kills_of_a_short_soak(config_file, tmp_path):  # noqa: F811
-    arg = "steps=16,every=2"
-    soak.wait_for_all(soak.start_all(config_file, tmp_path / "alone", 1, arg=arg), 300.0)
-    soak.soak(config_file, tmp_path / "run", kills=2, seed=1, counts=(4, 2, 1), arg=arg)
-    assert soak.compare(tmp_path / "run", tmp_path / "alone") <= 1e-5
+def test_two_kills_of_a_short_soak(config_file, alone, tmp_path):  # noqa: F811
+    soak.soak(config_file, tmp_path, kills=2, seed=1, counts=(2, 1), arg="steps=24,every=2")
+    assert soak.compare(tmp_path, alone) <= 1e-5
