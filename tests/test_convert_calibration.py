@@ -1,6 +1,8 @@
 """Moments of a model's layers, and conversions that are calibrated with images or do without."""
 
 import json
+import subprocess
+import sys
 import types
 
 import helpers
@@ -181,6 +183,38 @@ def test_conversion_with_calibration_images(source, mha, tmp_path):
     how = {row["parameter"]: row["how"] for row in converted["parameters"]}
     assert "merged 6 to 3 heads (svd)" in how["blocks_0..1/attn/key/kernel"]
     assert "adapted to merged heads (svd)" in how["blocks_0..1/attn/out/bias"]
+
+
+ON_EIGHT = """
+import sys
+import jax
+import numpy as np
+from kdgqa_jax import convert
+
+source, images, out = sys.argv[1:]
+assert jax.device_count() == 8
+given = {"num_kv_heads": 3, "pooling": "svd", "calibration": np.load(images), "refit": True}
+convert.load(source, attention="gqa", **given).save(out)
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_calibrate_and_refit_as_one(source, mha, tmp_path):
+    """Five images, so that some devices have padding alone."""
+    _, _, images, _ = mha
+    np.save(tmp_path / "images.npy", images)
+    paths = [str(source), str(tmp_path / "images.npy"), str(tmp_path / "model")]
+    ended = subprocess.run(
+        [sys.executable, "-c", ON_EIGHT, *paths],
+        env=helpers.child_environment(8),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    given = {"num_kv_heads": 3, "pooling": "svd", "calibration": images, "refit": True}
+    expected = convert.load(source, attention="gqa", **given).variables["params"]
+    found = checkpoint.load_model(tmp_path / "model")[1]["params"]
+    helpers.assert_close(found, expected, 1e-4)
 
 
 @pytest.mark.parametrize("rule", RULES)
