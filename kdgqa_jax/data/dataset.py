@@ -72,6 +72,13 @@ class Dataset:
         raise UserError(f"none of the {len(self.train)} images of {self.name} can be read{why}")
 
 
+def check_images(dataset: Dataset) -> None:
+    """Raise UserError for a split without images."""
+    for use, split in (("train", dataset.train), ("test", dataset.test)):
+        if not len(split):
+            raise UserError(f"data set {dataset.name!r} has no images to {use} on")
+
+
 def check_dataset(dataset: Dataset) -> None:
     """Raise UserError for a data set of somebody's own whose first examples are none.
 
@@ -80,9 +87,8 @@ def check_dataset(dataset: Dataset) -> None:
     where = f"data set {dataset.name!r}"
     if not dataset.class_names or not all(isinstance(n, str) for n in dataset.class_names):
         raise UserError(f"{where}: class_names={dataset.class_names!r} must be names of classes")
+    check_images(dataset)
     for use, split in (("train", dataset.train), ("test", dataset.test)):
-        if not len(split):
-            raise UserError(f"{where} has no images to {use} on")
         item = split[0]
         image, label = np.asarray(item["image"]), np.asarray(item["label"])
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):

@@ -11,7 +11,7 @@ import numpy as np
 
 from kdgqa_jax import extras, paths, storage
 from kdgqa_jax.data import idx, image_folders, packages, tfds_source
-from kdgqa_jax.data.dataset import ArraySplit, Dataset
+from kdgqa_jax.data.dataset import ArraySplit, Dataset, check_images
 from kdgqa_jax.data.shifts import SHIFTS, ShiftedSplit
 from kdgqa_jax.errors import UserError, unknown
 
@@ -209,8 +209,6 @@ def load(name: str, data_dir: str | None = None, shift: str = "none") -> Dataset
     source, argument = find_source(name)
     if data_dir:
         paths.place(data_dir, "data directory")
-    if shift not in SHIFTS:
-        raise unknown("shift", shift, SHIFTS)
     if source.needs_dir and not data_dir:
         raise UserError(
             f"data set {name!r} needs a data directory (--data-dir DIR): {source.how_to(name, '')}"
@@ -223,20 +221,15 @@ def load(name: str, data_dir: str | None = None, shift: str = "none") -> Dataset
         raise UserError(
             f"{error.filename} cannot be read ({error.strerror}); check its permissions"
         ) from None
+    check_images(dataset)
     size = dataset.native_size or source.native_size
     return shifted(dataclasses.replace(dataset, native_size=size), shift)
 
 
 def shifted(dataset: Dataset, shift: str) -> Dataset:
-    """A data set with its images changed by one of `SHIFTS`.
-
-    Raises UserError: unknown shift, or a split without images.
-    """
+    """A data set with its images changed by one of `SHIFTS`. Raises UserError: an unknown one."""
     if shift not in SHIFTS:
         raise unknown("shift", shift, SHIFTS)
-    for use, split in (("train", dataset.train), ("test", dataset.test)):
-        if not len(split):
-            raise UserError(f"data set {dataset.name!r} has no images to {use} on")
     size, change = dataset.native_size, SHIFTS[shift]
     if change is None:
         return dataset
