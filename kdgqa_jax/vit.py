@@ -63,27 +63,17 @@ SIZES: dict[str, dict[str, int]] = {
     "L": {"width": 1024, "depth": 24, "num_heads": 16, "mlp_width": 4096},
 }
 
-
-def _remat_policy(*names: str, also: Any = None) -> Any:
-    """Keep the named arrays, and the group indices: a backward pass has the groups of its forward.
-
-    Computed again they would need the norms of the global batch once more, and might round apart.
-    """
-    named = jax.checkpoint_policies.save_only_these_names(GROUPS, *names)
-    return jax.checkpoint_policies.save_from_both_policies(named, also) if also else named
-
-
-_DOTS = jax.checkpoint_policies.dots_saveable
-_PROJECTIONS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,  # keep all activations
-    "dots": _remat_policy(also=_DOTS),  # keep the results of matrix products
-    "dots_no_batch": _remat_policy(also=_PROJECTIONS),  # of those without a batch
-    # as dots_no_batch, in fewer arrays
-    "names": _remat_policy("query", "key", "value", "heads", "stream", "fc1", "gate"),
-    "full": _remat_policy(),  # keep the input of each block only
+    "dots": jax.checkpoint_policies.dots_saveable,  # keep the results of matrix products
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of projections
+    "names": jax.checkpoint_policies.save_only_these_names(  # as dots_no_batch, in fewer arrays
+        "query", "key", "value", "heads", "stream", "fc1", "gate"
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block only
 }
+"""All keep the group index besides: a backward pass has the groups of its forward pass. Computed
+again they would need the norms of the global batch once more, and might round apart."""
 
 _COLLECTIONS = ("params", "norm_stats", "given", "grouping", "intermediates", "inputs")
 
@@ -222,7 +212,10 @@ class VisionTransformer(nn.Module):
         if self.remat != "none":
             block = nn.remat(
                 Block,
-                policy=REMAT_POLICIES[self.remat],
+                policy=jax.checkpoint_policies.save_from_both_policies(
+                    REMAT_POLICIES[self.remat],
+                    jax.checkpoint_policies.save_only_these_names(GROUPS),
+                ),
                 static_argnums=(3,),  # train
                 prevent_cse=not self.scan_layers,
             )

@@ -82,6 +82,8 @@ def test_a_bad_directory_for_traces_is_refused_first(tmp_path, capsys):
     assert "cannot be written (Not a directory)" in capsys.readouterr().err
     assert cli.main(["bench", "train", *TINY, f"--profile={tmp_path}", "--rounds=0"]) == 1
     assert "--profile needs steps that run" in capsys.readouterr().err
+    assert cli.main(["bench", "train", *TINY, "--profile=gs://bucket/x"]) == 1
+    assert "--profile 'gs://bucket/x' is not on the local file" in capsys.readouterr().err
 
 
 def test_steps_can_be_compiled_alone(capsys, tmp_path):

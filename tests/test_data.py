@@ -9,7 +9,7 @@ import pytest
 from sklearn.datasets import load_digits
 from source_helpers import write_idx
 
-from kdgqa_jax.data import augment, sources
+from kdgqa_jax.data import augment, identity, sources
 from kdgqa_jax.data.dataset import Dataset, check_dataset
 from kdgqa_jax.errors import UserError
 
@@ -158,3 +158,21 @@ def test_a_data_set_of_ones_own_is_checked(changes, says):
     check_dataset(own_dataset())
     with pytest.raises(UserError, match=says):
         check_dataset(own_dataset(**changes))
+
+
+def test_pairs_are_no_examples():
+    pairs = [(np.zeros((6, 5, 1), np.uint8), 1)]
+    with pytest.raises(UserError, match=r'train\[0\]: expected a dict with "image" and "label"'):
+        check_dataset(Dataset("own", ("a", "b"), pairs, pairs))
+
+
+@pytest.mark.parametrize("shift", ["none", "negative"])
+def test_a_split_needs_no_listing(shift):
+    items = [{"image": np.zeros((6, 5, 1), np.uint8), "label": 1}] * 2
+    described = identity.describe(sources.shifted(Dataset("own", ("a", "b"), items, items), shift))
+    assert described["train"]["images"] == 2
+
+
+def test_an_unknown_shift_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(UserError, match="unknown shift 'negativ'"):
+        sources.load("mnist", str(tmp_path / "none"), "negativ")

@@ -1,5 +1,6 @@
 """Python in README and docs: every block is run, in small."""
 
+import json
 import pathlib
 import re
 
@@ -40,7 +41,7 @@ def given(tmp_path):
     """What a page has spoken of before its code."""
     model = vit.create("mu/4", image_size=8, attention="kdgqa", num_kv_heads=4, num_classes=10)
     workdir.write_json(tmp_path / "report" / "results.json", records(("gqa",), ("uptrained",)))
-    lines = "".join(f"{line}\n" for line in map(workdir.json.dumps, history()))
+    lines = "".join(f"{line}\n" for line in map(json.dumps, history()))
     (tmp_path / "metrics.jsonl").write_text(lines)
     return {
         "__name__": "documentation", "small": small, "model": model,

@@ -44,15 +44,15 @@ def test_sigterm_to_one_process_or_all_saves_the_same_step_everywhere(
     alone,
     tmp_path,
 ):
-    """Of two processes the second one is asked to end, then both are."""
+    """Two processes, of which the last is asked to end, then four, of which all are."""
     before = 0
-    for asked in (slice(1, 2), slice(0, 2)):
-        processes = soak.start_all(config_file, tmp_path, 2, arg=ARG)
+    for count, asked in ((2, slice(1, 2)), (4, slice(0, 4))):
+        processes = soak.start_all(config_file, tmp_path, count, arg=ARG)
         survival.wait_for_step(processes[0], tmp_path, before + 2)
         for process in processes[asked]:
             process.send_signal(signal.SIGTERM)
         statuses, errors = soak.wait_for_all(processes, 60.0)
-        assert statuses == [143] * 2, errors
+        assert statuses == [143] * count, errors
         saved = newest(tmp_path)
         assert before + 2 <= saved < 24
         assert all(f"step {saved} of 24 is saved" in error for error in errors)
@@ -79,5 +79,5 @@ def test_a_process_that_stalls_ends_the_others_in_a_sentence(config_file, tmp_pa
 
 @pytest.mark.slow
 def test_two_kills_of_a_short_soak(config_file, alone, tmp_path):  # noqa: F811
-    soak.soak(config_file, tmp_path, kills=2, seed=1, counts=(2, 1), arg="steps=24,every=2")
+    soak.soak(config_file, tmp_path, kills=2, seed=1, counts=(4, 2, 1), arg="steps=24,every=2")
     assert soak.compare(tmp_path, alone) <= 1e-5

@@ -29,10 +29,8 @@ def test_remat_allocates_once():
 
     def allocations(**options):
         stacked = {name: tree_utils.stack_layers(tree) for name, tree in variables.items()}
-        given, model = (
-            stacked if "scan_layers" in options else variables,
-            tiny_vit("kdgqa", **options),
-        )
+        given = stacked if "scan_layers" in options else variables
+        model = tiny_vit("kdgqa", **options)
 
         def total(params):
             return model.apply({**given, "params": params}, images(), train=True).sum()

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from kdgqa_jax import aot, initial, memory, sharding, train, vit
+from kdgqa_jax import aot, initial, memory, paths, sharding, train, vit
 from kdgqa_jax import config as config_lib
 from kdgqa_jax.attention import VARIANTS, variant_name
 from kdgqa_jax.bench import peer as peer_lib
@@ -136,7 +135,7 @@ def bench_steps(
 
 def _make_folder(path: str) -> None:
     try:
-        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+        paths.local(path, "--profile").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--profile {path} cannot be written ({error.strerror})") from None
 

@@ -8,7 +8,7 @@ image files: see `identity`.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,11 @@ import numpy as np
 from kdgqa_jax.errors import UserError
 
 Split = Sequence[dict[str, Any]]
+
+
+def listing(split: Split) -> Iterator[bytes]:
+    """What a split says of its examples; nothing where it has no listing."""
+    return split.listing() if hasattr(split, "listing") else iter(())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +95,8 @@ def check_dataset(dataset: Dataset) -> None:
     check_images(dataset)
     for use, split in (("train", dataset.train), ("test", dataset.test)):
         item = split[0]
+        if not isinstance(item, Mapping) or not {"image", "label"} <= item.keys():
+            raise UserError(f'{where}, {use}[0]: expected a dict with "image" and "label"')
         image, label = np.asarray(item["image"]), np.asarray(item["label"])
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
             raise UserError(

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from kdgqa_jax import paths, processes, workdir
-from kdgqa_jax.data.dataset import Dataset, Split
+from kdgqa_jax.data.dataset import Dataset, Split, listing
 from kdgqa_jax.errors import UserError
 
 FILE = "data.json"
@@ -28,7 +28,7 @@ def describe(dataset: Dataset) -> Description:
 
 def _describe_split(split: Split) -> Description:
     digest = hashlib.blake2b(digest_size=16)
-    for part in split.listing() if hasattr(split, "listing") else ():
+    for part in listing(split):
         digest.update(part)
     return {"images": len(split), "fingerprint": digest.hexdigest()}
 

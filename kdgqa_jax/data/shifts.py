@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from kdgqa_jax.data.dataset import listing
+
 SHIFTS: dict[str, Callable[[np.ndarray], np.ndarray] | None] = {
     "none": None,
     "negative": lambda image: 255 - image,  # dark on light
@@ -31,4 +33,4 @@ class ShiftedSplit:
 
     def listing(self) -> Iterator[bytes]:
         """That of the split: see `dataset`."""
-        return self.split.listing()
+        return listing(self.split)

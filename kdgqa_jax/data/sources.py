@@ -209,6 +209,7 @@ def load(name: str, data_dir: str | None = None, shift: str = "none") -> Dataset
     source, argument = find_source(name)
     if data_dir:
         paths.place(data_dir, "data directory")
+    check_shift(shift)  # before anything is copied or read
     if source.needs_dir and not data_dir:
         raise UserError(
             f"data set {name!r} needs a data directory (--data-dir DIR): {source.how_to(name, '')}"
@@ -226,10 +227,15 @@ def load(name: str, data_dir: str | None = None, shift: str = "none") -> Dataset
     return shifted(dataclasses.replace(dataset, native_size=size), shift)
 
 
-def shifted(dataset: Dataset, shift: str) -> Dataset:
-    """A data set with its images changed by one of `SHIFTS`. Raises UserError: an unknown one."""
+def check_shift(shift: str) -> None:
+    """Raise UserError for a name that is not in `SHIFTS`."""
     if shift not in SHIFTS:
         raise unknown("shift", shift, SHIFTS)
+
+
+def shifted(dataset: Dataset, shift: str) -> Dataset:
+    """A data set with its images changed by one of `SHIFTS`. Raises UserError: an unknown one."""
+    check_shift(shift)
     size, change = dataset.native_size, SHIFTS[shift]
     if change is None:
         return dataset

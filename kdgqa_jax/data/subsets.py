@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from kdgqa_jax.data import sources
-from kdgqa_jax.data.dataset import Dataset, Split
+from kdgqa_jax.data.dataset import Dataset, Split, listing
 from kdgqa_jax.errors import UserError, check_rate
 
 TEST_SEED = 0
@@ -45,8 +45,7 @@ class Drawn:
         """What was drawn, then the whole: see `dataset`."""
         yield self.indices.astype("<i8").tobytes()
         yield self.offsets.astype("<i4").tobytes()
-        if hasattr(self.split, "listing"):
-            yield from self.split.listing()
+        yield from listing(self.split)
 
 
 @dataclasses.dataclass(frozen=True)
