@@ -27,9 +27,8 @@ tests), `data_dir=DIR` where the four IDX files of Fashion-MNIST are.
 
 from typing import Any, NamedTuple
 
-from kdgqa_jax.configs import _studies
-
 from kdgqa_jax.config import parse_arg, study_config
+from kdgqa_jax.configs import _studies
 from kdgqa_jax.errors import unknown
 
 

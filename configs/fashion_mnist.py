@@ -11,9 +11,8 @@ Argument string: `fashion_mnist:dataset=digits` is the same in small, on scikit-
 `data_dir=DIR` where the four IDX files of Fashion-MNIST are.
 """
 
-from kdgqa_jax.configs import _studies
-
 from kdgqa_jax.config import parse_arg
+from kdgqa_jax.configs import _studies
 
 
 def get_config(arg=""):

@@ -10,9 +10,8 @@ what has been run, on which hardware, and what came out; the whole has not been 
 Argument string: `pooling:data_dir=DIR,kv=2` (kv: key/value heads; default 4).
 """
 
-from kdgqa_jax.configs._studies import RATES
-
 from kdgqa_jax.config import parse_arg, study_config
+from kdgqa_jax.configs._studies import RATES
 
 RULES = (
     *("mean", "first", "random", "procrustes+free", "procrustes", "svd+free", "svd"),

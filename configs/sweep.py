@@ -11,9 +11,8 @@ where the four IDX files of Fashion-MNIST are.
 
 from typing import NamedTuple
 
-from kdgqa_jax.configs import _studies
-
 from kdgqa_jax.config import parse_arg
+from kdgqa_jax.configs import _studies
 from kdgqa_jax.errors import unknown
 
 DGQA = ("dgqa_ema", "dgqa_diff")

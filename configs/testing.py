@@ -9,9 +9,8 @@ of 64 images, about 25 ms each once compiled; 34 to 55 s in all, nearly all of i
 top-1: mha 96.11 %, dgqa_ema 97.50 %, kdgqa 93.89 % (one seed, 360 images).
 """
 
-from kdgqa_jax.configs._recipes import set_model
-
 from kdgqa_jax.config import parse_arg, train_config
+from kdgqa_jax.configs._recipes import set_model
 
 
 def get_config(arg=""):

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from helpers import DGQA, VARIANTS
-from kdgqa_jax.configs import _recipes, sweep
 
 from kdgqa_jax import (
     aot,
@@ -24,6 +23,7 @@ from kdgqa_jax import (
     tree_utils,
     vit,
 )
+from kdgqa_jax.configs import _recipes, sweep
 from kdgqa_jax.data import augment, sources
 from kdgqa_jax.errors import UserError
 

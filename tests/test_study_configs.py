@@ -2,9 +2,9 @@
 
 import jax
 import pytest
-from kdgqa_jax.configs import sweep
 
 from kdgqa_jax import checkpoint, config, study, vit
+from kdgqa_jax.configs import sweep
 
 pytestmark = pytest.mark.slow
 
