@@ -41,7 +41,7 @@ def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.compilation_cache = tempfile.mkdtemp(prefix="kdgqa_tests_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compilation_cache
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def pytest_unconfigure(config):
