@@ -4,6 +4,7 @@ JAX reads its settings from the environment when it is imported. So nothing here
 `pytest_configure` has run: fixtures that need it import it themselves.
 """
 
+import fcntl
 import importlib.metadata
 import os
 import pathlib
@@ -82,6 +83,43 @@ def golden():
     import helpers
 
     return helpers.load_golden
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """`made_once(name, fill)`: a folder that `fill(folder)` fills, once for all workers."""
+
+    def make(name, fill):
+        place = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            place = place.parent
+        with open(place / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            made = place / f"{name}.made"  # written last: a fill that failed is tried again
+            if not made.exists():
+                shutil.rmtree(place / name, ignore_errors=True)
+                (place / name).mkdir()
+                fill(place / name)
+                made.touch()
+        return place / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def config_file(made_once):
+    """The config of runs in processes of their own, beside its data."""
+    import run_helpers as runs
+
+    return made_once("config", runs.write_config) / "run.py"
+
+
+@pytest.fixture(scope="session")
+def whole(made_once, config_file):
+    """The workdir of its 30 steps in one go."""
+    import run_helpers as runs
+
+    return made_once("whole", lambda w: runs.finish(runs.start(config_file, w)))
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ import os
 import pathlib
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 
 import helpers
+import run_helpers as runs
 import stores
-import test_survival as survival
 
 from kdgqa_jax import checkpoint, logs
 
@@ -34,12 +35,12 @@ def start_all(config_file, workdir, count, *flags, arg="", devices=1):
     """All processes of a run, by one command but for the number of each."""
     flags = (*FLAGS, *flags)
     if count == 1:
-        return [survival.start(config_file, workdir, *flags, arg=arg, devices=devices)]
+        return [runs.start(config_file, workdir, *flags, arg=arg, devices=devices)]
     job = ["--multihost", "--coordinator", f"127.0.0.1:{stores.free_port()}"]
     job += ["--join-timeout", str(JOIN)]
     job += ["--num-processes", str(count)]
     return [
-        survival.start(
+        runs.start(
             config_file, workdir, *job, "--process-id", str(i), *flags, arg=arg, devices=devices
         )
         for i in range(count)
@@ -52,7 +53,7 @@ def wait_for_all(processes, seconds):
     for process in processes:
         try:
             errors.append(process.communicate(timeout=max(end - time.monotonic(), 0.1))[1])
-        except survival.subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired:
             for left in processes:
                 left.kill()
             raise AssertionError(f"a process has not ended within {seconds:.0f} s") from None
@@ -62,15 +63,15 @@ def wait_for_all(processes, seconds):
 def kill_one(processes, workdir, moments):
     """Kill a process of a run, in a third of all cases while it starts; (which, steps done)."""
     victim = moments.randrange(len(processes))
-    steps, started = survival.steps_done(workdir), time.monotonic()
+    steps, started = runs.steps_done(workdir), time.monotonic()
     wait = moments.uniform(0.5, 8.0) if moments.random() < 1 / 3 else 600.0
-    while survival.steps_done(workdir) <= steps and time.monotonic() - started < wait:
+    while runs.steps_done(workdir) <= steps and time.monotonic() - started < wait:
         assert all(p.poll() is None for p in processes), [p.communicate()[1] for p in processes]
         time.sleep(0.01)
-    if survival.steps_done(workdir) > steps:
+    if runs.steps_done(workdir) > steps:
         time.sleep(moments.uniform(0.0, 0.3))
     os.killpg(processes[victim].pid, signal.SIGKILL)
-    return victim, survival.steps_done(workdir)
+    return victim, runs.steps_done(workdir)
 
 
 def soak(config_file, workdir, kills, seed=0, counts=COUNTS, arg="steps=60,every=4"):
@@ -116,7 +117,7 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        config_file = survival.write_config(folder)
+        config_file = runs.write_config(folder)
         statuses, errors = wait_for_all(
             start_all(config_file, folder / "alone", 1, arg="steps=60,every=4"), 600.0
         )

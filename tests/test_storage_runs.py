@@ -9,12 +9,11 @@ import time
 
 import helpers
 import pytest
+import run_helpers as runs
 import stores
-import test_survival
 from test_study import tiny_study
-from test_survival import config_file, whole  # noqa: F401
 
-from kdgqa_jax import checkpoint, cli, dry_run, logs, paths, report, state_checkpoints, storage
+from kdgqa_jax import checkpoint, cli, dry_run, paths, report, state_checkpoints, storage
 from kdgqa_jax import study as study_lib
 from kdgqa_jax.data import idx
 
@@ -25,7 +24,7 @@ def store(request, tmp_path_factory):
         yield store
 
 
-def remote_data(store, config_file):  # noqa: F811
+def remote_data(store, config_file):
     """The flag that takes the data of the config from the bucket."""
     place = paths.place(f"{store.root}/data")
     storage.upload({config_file.parent / file: place / file for file in idx.FILES})
@@ -50,25 +49,17 @@ def kill_after(process, workdir, step, moments):
 
 
 @pytest.mark.slow
-def test_kills_change_no_bit(config_file, whole, store):  # noqa: F811
+def test_kills_change_no_bit(config_file, whole, store):
     """Five at gs://, where Orbax writes itself, two at s3://, of steps saved and half saved."""
     workdir, moments = paths.place(f"{store.root}/run"), random.Random(0)
     data = remote_data(store, config_file)
     steps = (3.5, 8, 11.5, 20, 23.5) if store.scheme == "gs" else (4, 15.5)
     for step in steps:
-        kill_after(test_survival.start(config_file, str(workdir), data), workdir, step, moments)
+        kill_after(runs.start(config_file, str(workdir), data), workdir, step, moments)
     assert not (workdir / "result.json").exists()
-    out = test_survival.finish(test_survival.start(config_file, str(workdir), data))
+    out = runs.finish(runs.start(config_file, str(workdir), data))
     assert "resuming from step" in out
-
-    for name in ("params", "norm_stats"):
-        trees = [checkpoint.load_model(w / "model")[1][name] for w in (workdir, whole)]
-        helpers.assert_close(*trees, 0.0)
-    ours, theirs = (
-        [{k: v for k, v in r.items() if k not in test_survival.TIMES} for r in logs.read_metrics(w)]
-        for w in (workdir, whole)
-    )
-    assert ours == theirs
+    runs.assert_same_run(workdir, whole)
 
     # What is there is evaluated and converted, and the results go there.
     place, bucket = f"{workdir}/model", f"{store.root}/data"
@@ -85,10 +76,10 @@ def test_kills_change_no_bit(config_file, whole, store):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_bucket_that_begins_to_refuse_writes_loses_nothing(config_file, whole, store):  # noqa: F811
+def test_a_bucket_that_begins_to_refuse_writes_loses_nothing(config_file, whole, store):
     workdir = paths.place(f"{store.root}/refused")
     data = remote_data(store, config_file)
-    process = test_survival.start(config_file, str(workdir), data)
+    process = runs.start(config_file, str(workdir), data)
     while saved(workdir) < 8:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
@@ -102,7 +93,7 @@ def test_a_bucket_that_begins_to_refuse_writes_loses_nothing(config_file, whole,
     assert last.startswith("kdgqa train: ") and str(workdir) in last and "cannot be" in last
     assert "Traceback" not in err
     assert saved(workdir) >= 8
-    test_survival.finish(test_survival.start(config_file, str(workdir), data))
+    runs.finish(runs.start(config_file, str(workdir), data))
     helpers.assert_close(
         checkpoint.load_model(workdir / "model")[1], checkpoint.load_model(whole / "model")[1], 0.0
     )
