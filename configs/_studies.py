@@ -50,7 +50,7 @@ def from_scratch(dataset: str, data_dir: str) -> ConfigDict:
         stage.data.name = dataset
         stage.data.data_dir = data_dir if dataset == "fashion_mnist" else ""
         stage.data.on_device = plan["on_device"]
-        stage.data.augment.rand_augment_ops = 0  # small images do not bear it
+        stage.data.augment.rand_augment_ops = 0  # too strong for small images
         stage.batch_size = plan["batch"]
         stage.epochs = epochs
         stage.eval_every_epochs = 0.0  # at the end only

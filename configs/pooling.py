@@ -4,7 +4,7 @@
 
 A multi-head ViT (2 layers, 8 heads of width 16, 17 tokens) is trained on Fashion-MNIST for 6
 epochs; every entry is converted, evaluated at once, and uptrained for 50, 200 and 500 steps. All
-variants by all rules are 50 entries; --config.variants takes a part of them. docs/merging.md tells
+variants by all rules are 50 entries; --config.variants takes a part of them. docs/merging.md says
 what has been run, on which hardware, and what came out; the whole has not been run.
 
 Argument string: `pooling:data_dir=DIR,kv=2` (kv: key/value heads; default 4).

@@ -19,7 +19,7 @@ def get_config(arg=""):
     config = train_config()
     model = {"name": "mu/4", "image_size": 8, "window": 10}
     set_model(config, **model, attention=arg.attention, num_kv_heads=arg.kv or None)
-    config.data.augment.rand_augment_ops = 0  # digits of 8x8 pixels do not bear it
+    config.data.augment.rand_augment_ops = 0  # too strong for 8x8 pixels
     config.optim.learning_rate = 3e-3
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 10

@@ -66,7 +66,7 @@ COMMANDS: dict[str, Command] = {
         resumes=True,
     ),
     "prepare": Command(
-        "download a data set, or tell how to get it; count it",
+        "download a data set, or say how to get it; count it",
         flags.add_prepare,
         commands.run_prepare,
         extra="data",

@@ -22,11 +22,11 @@ def show(config: Config, workdir: str | os.PathLike | None = None) -> float | No
 
     Args:
       config: the fields of `config.study_config()`.
-      workdir: of the study, whose finished stages are left out and tell how long others take; None:
+      workdir: of the study, whose finished stages are left out, and are timed for the others; None:
         nothing is finished.
 
     Returns:
-      The estimate in seconds, of what is left; None where nothing tells how long stages take.
+      The estimate in seconds, of what is left; None where no rates or timings are known.
 
     Raises:
       UserError: a bad grid, or data that cannot be counted.
@@ -103,7 +103,7 @@ def _show_estimate(
             unknown.add(kind)
     if unknown:
         say(
-            f"no estimate: nothing tells how long {' and '.join(sorted(unknown))} stages take;"
+            f"no estimate: it is not known how long {' and '.join(sorted(unknown))} stages take;"
             " give --config.rates.train and --config.rates.evaluate in images/s, or run some"
         )
         return None

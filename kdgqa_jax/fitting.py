@@ -1,4 +1,4 @@
-"""How many images a device bears at once, by an estimate of what a training step keeps.
+"""How many images a device holds at once, by an estimate of what a training step keeps.
 
 For its backward pass a step keeps activations of every token in every layer. How many is counted in
 arrays of the model's width, by what is rematerialised.

@@ -223,7 +223,7 @@ CONVERT_OPTIONS: dict[str, dict] = {
     "seed": {"type": SEED, "default": 0, "help": "of all random choices"},
     "image_size": {"type": IMAGE_SIZE, "help": "SIDE or HEIGHTxWIDTH; none: as it is"},
     "num_classes": {"type": COUNT, "help": "of a new head; none: as it is"},
-    "num_heads": {"type": POSITIVE, "help": "query heads, where the source does not tell"},
+    "num_heads": {"type": POSITIVE, "help": "query heads, where the source does not say"},
     "arch": {"help": "timm's name, for weights that lie alone"},
     "channels": {"type": POSITIVE, "help": "of images; none: as it is"},
     "mean": {"type": NUMBERS, "help": "of pixels in 0..1, with commas"},

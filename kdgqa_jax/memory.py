@@ -23,7 +23,7 @@ def check_batch(name: str, images: int, shape: Sequence[int]) -> None:
     """
     try:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # a system that does not tell
+    except (AttributeError, ValueError, OSError):  # a system that does not say
         return
     needed = images * math.prod(shape)
     if needed > there:

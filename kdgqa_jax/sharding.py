@@ -175,7 +175,7 @@ def microbatches(batch_size: int, mesh: Mesh, at_least: int = 1, largest: int = 
       batch_size: images of the batch.
       mesh: the devices.
       at_least: how many parts there are at least.
-      largest: images of a part that one device can bear; 0: any number.
+      largest: images of a part that fit on one device; 0: any number.
 
     Raises:
       UserError: a batch that cannot be split over the devices, or into `at_least` parts.

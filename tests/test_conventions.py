@@ -59,13 +59,15 @@ def test_files_and_functions_can_be_read_in_one_sitting():
 # --- words --------------------------------------------------------------------------------------
 
 WORDS = {
-    r"\btold\b": "said, reported, passed",
+    r"\b(told|tells)\b": "said, says, reported, passed",
+    r"\bbears?\b": "tolerates, fits",
+    r"\bof old\b": "of earlier versions",
     r"\banew\b": "again, newly initialised",
     r"\bgoes on\b": "resumes, continues",
     r"\bworked off\b": "processed",
     r"\b(is|are|can be) had\b": "obtained, available",
     r"\bforgiv": "accepts",
-    r"\bgive back\b": "return, trim",
+    r"\bgives? back\b": "return, trim",
 }
 """Words that readers stumble over, and what to write."""
 

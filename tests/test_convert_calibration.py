@@ -370,7 +370,7 @@ def test_command_line_warns_on_standard_error(source, tmp_path, capsys):
         (("--calibration-images", 64, "--data-dir", "x"), "--data-dir need --calibration (a data"),
     ],
 )
-def test_command_line_tells_what_calibration_lacks(source, tmp_path, capsys, options, says):
+def test_command_line_says_what_calibration_lacks(source, tmp_path, capsys, options, says):
     options = [str(option).replace("{tmp}", str(tmp_path)) for option in options]
     given = ("--attention", "gqa", "--pooling", "svd") if "--to" not in options else ()
     assert convert_command(source, tmp_path / "out", *given, *options) in (1, 2)

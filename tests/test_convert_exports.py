@@ -85,7 +85,7 @@ def test_a_trained_multi_head_model_does_not_lose_its_heads(tmp_path):
         ("pgqa", {"noise_statistics": "mean_std"}, "noise_statistics='mean_std'"),
         ("gqa", {"dtype": "bfloat16"}, "dtype='bfloat16'"),
         ("dgqa_ema", {"window": 7, "beta": 0.5}, "beta=0.5, window=7"),
-        ("gqa", {"image_size": (8, 16)}, "nothing beside the weights tells the image size"),
+        ("gqa", {"image_size": (8, 16)}, "nothing beside the weights gives the image size"),
         ("gqa", {"image_size": (4, 16)}, "image_size=(4, 16)"),
         ("gqa", {"width": 192, "image_size": 4, "num_kv_heads": 2}, "num_heads=6"),
     ],

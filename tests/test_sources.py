@@ -94,7 +94,7 @@ def test_mnist_is_read_from_idx_files(tmp_path):
     assert rows(dataset.test) == [(i, x.tobytes()) for i, x in enumerate(noise(1, 5, 28, 28))]
 
 
-def test_mnist_that_is_not_there_tells_both_ways(tmp_path):
+def test_mnist_that_is_not_there_says_both_ways(tmp_path):
     text = refused("t10k-labels-idx1-ubyte.gz not found", "mnist", tmp_path)
     assert f"`kdgqa prepare --dataset mnist --data-dir {tmp_path}`" in text
 

@@ -263,7 +263,7 @@ def test_prepare_counts_what_is_there(capsys, prepared, tmp_path):
     assert prepare(capsys, "digits")[1].startswith("digits: 1,437 images")
 
 
-def test_prepare_tells_what_to_put_where(capsys, tmp_path):
+def test_prepare_says_what_to_put_where(capsys, tmp_path):
     for name, says in (
         ("tiny_imagenet", f"tiny-imagenet-200.zip and unpack it in {tmp_path},"),
         (

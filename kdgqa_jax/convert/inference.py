@@ -237,7 +237,7 @@ def _grid(source: Source, facts: Stated, length: int, patch_size: int) -> tuple[
     if side < 1 or side * side != length:
         raise UserError(
             f"{source.path}: a position embedding for {length} patches is not that of a square"
-            " image, and nothing beside the weights tells the image size (config.json: image_size)"
+            " image, and nothing beside the weights gives the image size (config.json: image_size)"
         )
     return side, side
 
@@ -254,7 +254,7 @@ def attention_of(source: Source, num_heads: int, num_kv_heads: int) -> tuple[str
     cache, _ = layout.theirs("blocks_0/attn/key_norm")
     if any(layout.canonical(name) == cache for name in source.arrays):
         variant = "dgqa_diff" if "diff" in stem else "dgqa_ema"
-        return variant, "the file holds a cache of norms, and its name tells of which rule"
+        return variant, "the file holds a cache of norms, and its name says of which rule"
     named = [v for v in (*VARIANTS, *ALIASES) if re.search(rf"(?<![a-z]){v}(?![a-z])", stem)]
     plain = len(named) == 1 and variant_name(named[0]) == "mha"
     query, _ = layout.theirs("blocks_0/attn/query/kernel")

@@ -84,7 +84,7 @@ def load(
       image_size: side in pixels or (height, width); the position embedding is resized. None: that
         of the source.
       num_classes: a number other than the source's gives a new head (0: none). None: as it is.
-      num_heads: N, where the source does not tell.
+      num_heads: N, where the source does not say.
       arch: timm's name of the architecture, where the weights lie alone and fit several.
       channels: of images: the patch embedding is fitted. None: as it is.
       mean: of pixel values in 0..1, per channel; None: what the source says, else 0.5.

@@ -3,7 +3,7 @@
 A split is random access: `len(split)` and `split[i] -> {"image": uint8 HWC, "label": int32}`. One
 of compressed images also has `split.open(i) -> (PIL image, label)`, which saves whoever resizes the
 image the way through an array and back, and `split.encoded(i) -> bytes`, the stored file.
-`split.listing()` gives bytes that tell its examples from others', in their order, without reading
+`split.listing()` gives bytes that identify its examples, in their order, without reading
 image files: see `identity`.
 """
 

@@ -6,7 +6,7 @@ What has more than 8 bits is scaled, never cut off:
 - 32-bit integers (`I`) by their largest value: up to 255 as they are, up to 65,535 as 16 bits.
 - floats (`F`) by their largest value: up to 1 as shares of white, up to 255 as they are.
 
-Values beyond have a range that nobody can tell, and are refused.
+Values beyond have an unknown range, and are refused.
 """
 
 from typing import Any

@@ -24,7 +24,7 @@ class Source:
 
     Attributes:
       read: (row, name, what stands after the colon of the name, data directory) -> Dataset.
-      num_classes: None where the files tell.
+      num_classes: None where the files say.
       class_names: the names in the order of the labels, or where they come from.
       native_size: (height, width, channels) of every image; None where they vary.
       train: what the set itself calls the split that is trained on.
@@ -34,7 +34,7 @@ class Source:
       manual_files: what tensorflow-datasets cannot download for it.
       needs_dir: whether it needs a data directory.
       parts: files and folders in it; {name} is filled in. Of object storage these are copied.
-      images: how many there are to train and to test on; None where the files tell.
+      images: how many there are to train and to test on; None where the files say.
     """
 
     read: Callable[["Source", str, str, str], Dataset]

@@ -140,7 +140,7 @@ def layer_moments(
         return gather_moments(model, variables, images)
     if model.block.block == "post_norm":
         raise UserError(
-            "blocks of post_norm do not normalise what attention sees, so that norms tell nothing"
+            "blocks of post_norm do not normalise what attention sees, so that norms say nothing"
             " about it; give calibration images (--calibration), or pool the heads (--pooling mean)"
         )
     return data_free_by_layer(tree_utils.unstack_layers(variables["params"]))

@@ -328,7 +328,7 @@ def read(directory: paths.Path) -> tuple[list[Record], dict[str, History]]:
 
 
 def _folder(record: Record) -> str:
-    """Of a stage, relative to the study; records of old have the names alone."""
+    """Of a stage, relative to the study; records of earlier versions have the names alone."""
     entry = record["entry"].replace(" (", "@").rstrip(")")
     old = f"seed{record['seed']}/{entry}/{record['stage'].replace(' ', '_')}"
     return record.get("folder", old)

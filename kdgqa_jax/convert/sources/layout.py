@@ -153,7 +153,7 @@ class Layout:
       defaults: those that weights do not show, where nothing beside them says so.
       gated_defaults: the same, of models with gated MLPs.
       needs: options that weights do not show and that differ between models of this layout.
-      only_plain: names alone tell of a plain ViT; whatever else they show fits several models.
+      only_plain: names alone show a plain ViT; whatever else they show fits several models.
       config_file: what lies beside the weights and says of the model.
       resize: how the framework resizes position embeddings, a name in `resizing.RESIZING`.
       resize_with_registers: that of models with registers, where it is another one.
