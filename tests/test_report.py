@@ -116,6 +116,7 @@ def test_results_md_has_a_row_for_each_entry_and_a_line_for_what_failed(workdir)
     rows = [line.split(" | ")[0] for line in lines if line.startswith(("| kdgqa |", "| gqa |"))]
     assert rows[:2] == ["| gqa", "| kdgqa"]
     assert "- failed: kdgqa, seed 9, finetuned: no <memory> left" in lines
+    assert lines[2].startswith("`kdgqa study --config config.py --workdir AGAIN` makes it")
 
 
 def test_tables_have_mean_deviation_and_interval(workdir):

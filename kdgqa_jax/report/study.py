@@ -46,7 +46,7 @@ def write(
         for name, (figure, about) in _figures(results, histories).items()
     }
     _write_tables(results, found, folder)
-    _write_text(folder / "results.md", _markdown(results, found))
+    _write_text(folder / "results.md", _markdown(results, found, config))
     if config is not None:
         _write_text(folder / "config.py", recipe.config_file(config))
     _write_text(folder / "report.html", _page(results, found, figures, config))
@@ -147,10 +147,13 @@ def _failures(results: Results) -> list[str]:
     ]
 
 
-def _markdown(results: Results, found: Sequence[Comparison]) -> str:
+def _markdown(results: Results, found: Sequence[Comparison], config: dict[str, Any] | None) -> str:
     data, model = _about(results)
     last = results.records[-1]
     failures = [f"- failed: {line}" for line in _failures(results)]
+    made_by = (
+        f"`{recipe.command(config)}` makes it, with the config.py beside it." if config else ""
+    )
     compared = []
     if found:
         compared = [
@@ -164,6 +167,7 @@ def _markdown(results: Results, found: Sequence[Comparison]) -> str:
     lines = [
         f"# {data}, {model}: top-1 on the test images, %",
         "",
+        *([made_by, ""] if made_by else []),
         *tables.overview(results).markdown(),
         "",
         _note(results),
