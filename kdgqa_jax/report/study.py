@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def write(
     found = [c for s in results.stages for c in comparisons.compare(records, s, baselines)]
     figures = {
         name: Figure.saved(figure, about, folder, name)
-        for name, (figure, about) in _figures(results, histories).items()
+        for name, (figure, about) in _figures(results, histories, config).items()
     }
     _write_tables(results, found, folder)
     _write_text(folder / "results.md", _markdown(results, found, config))
@@ -73,11 +74,12 @@ def _write_tables(results: Results, found: Sequence[Comparison], folder: paths.P
 # --- texts ----------------------------------------------------------------------------------------
 
 
-def _about(results: Results) -> tuple[str, str]:
-    """Names of the data and the models."""
+def _about(results: Results, config: dict[str, Any] | None) -> tuple[str, str]:
+    """Names of the data and the models; a model that the study was given has that of its source."""
     configs = [r["config"] for r in results.records]
     names = [dict.fromkeys(c[section]["name"] for c in configs) for section in ("data", "model")]
-    return ", ".join(names[0]), ", ".join(names[1])
+    given = (config or {}).get("pretrain", {}).get("init", "")
+    return ", ".join(names[0]), pathlib.PurePath(given).name or ", ".join(names[1])
 
 
 def _note(results: Results) -> str:
@@ -148,7 +150,7 @@ def _failures(results: Results) -> list[str]:
 
 
 def _markdown(results: Results, found: Sequence[Comparison], config: dict[str, Any] | None) -> str:
-    data, model = _about(results)
+    data, model = _about(results, config)
     last = results.records[-1]
     failures = [f"- failed: {line}" for line in _failures(results)]
     made_by = (
@@ -191,9 +193,11 @@ def _markdown(results: Results, found: Sequence[Comparison], config: dict[str, A
 # --- the page -------------------------------------------------------------------------------------
 
 
-def _figures(results: Results, histories: Mapping[str, History]) -> dict[str, tuple[Any, str]]:
+def _figures(
+    results: Results, histories: Mapping[str, History], config: dict[str, Any] | None
+) -> dict[str, tuple[Any, str]]:
     """By the name of its file, a figure and what it shows."""
-    data, model = _about(results)
+    data, model = _about(results, config)
     figures = {
         "accuracy": (
             plots.accuracy(results.records, f"{data}, {model}"),
@@ -239,7 +243,7 @@ def _page(
     figures: Mapping[str, Figure],
     config: dict[str, Any] | None,
 ) -> str:
-    data, model = _about(results)
+    data, model = _about(results, config)
     last = results.records[-1]
     facts = [
         ("data", data),
