@@ -17,8 +17,7 @@ there in evaluation: after conversion they are `gqa`, and are left out.
 stamps of Tux Paint (`tuxpaint-stamps-default`), to which nothing else here was fitted, or on a part
 of Fashion-MNIST. The recipe was chosen, not searched for.
 
-A model that is given has no head for these classes: its own top-1 and that of converted models are
-chance, and say nothing; their probes do.
+The given model has no head for these classes, so reports leave top-1 before training out.
 
 Argument string: `dinov2:part=finetune,init=DIR` (init: dinov2_small, or any model with six heads),
 `data=NAME` of the probes, `target=NAME` of fine-tuning (rows of `SHARES`; digits in seconds, for

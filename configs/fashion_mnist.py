@@ -4,7 +4,7 @@
     kdgqa study --config fashion_mnist --dry-run
 
 All six variants with half and with a quarter of the key/value heads (N = 8), five seeds: pretrained
-(6 epochs), converted by means, uptrained (half an epoch), fine-tuned for an epoch on images that
+(6 epochs), converted by means, uptrained (an epoch), fine-tuned for another on images that
 are turned by 90 degrees and inverted.
 
 Argument string: `fashion_mnist:dataset=digits` is the same in small, on scikit-learn's digits;

@@ -1,8 +1,9 @@
 """Records of a study, as results.json has them: rows of its tables, stages, values by seed.
 
 A record is what one stage of one entry and seed came to: `entry`, `seed`, `stage`, `top1`
-(percent) and more; one without `top1` is of a cell that failed. Entries are called VARIANT, VARIANT
-(RULE) or, in a grid, with settings of its axes: "dgqa_ema (svd), K=2, window=100".
+(percent) and more; one without `top1` is of a cell that failed. With `untrained_head` the logits
+were the same for all images, so top-1 says nothing. Entries are called VARIANT, VARIANT (RULE) or,
+in a grid, with settings of its axes: "dgqa_ema (svd), K=2, window=100".
 """
 
 import dataclasses
@@ -59,7 +60,7 @@ class Results:
     Attributes:
       records: those with figures, in the order of results.json, without those of failed cells.
       failed: one for each cell that failed, with the reason in "failed".
-      stages: names after `PRETRAINED`, in order.
+      stages: names after `PRETRAINED`, in order; of untrained heads only if there are no others.
       rows: of the tables, in order. A row whose settings another row has too, and which ends at an
         earlier stage, is a stage that several rows share: it is no row of its own.
     """
@@ -69,7 +70,9 @@ class Results:
         self.failed = [r for r in records if r.get("top1") is None]
         lost = {(r.get("entry"), r.get("seed")) for r in self.failed}
         self.records = [r for r in records if (r.get("entry"), r.get("seed")) not in lost]
+        self._names = {r["stage"] for r in self.records}
         own = [r for r in self.records if r["stage"].split()[-1] != PRETRAINED]
+        own = [r for r in own if not r.get("untrained_head")] or own
         self.stages = list(dict.fromkeys(r["stage"] for r in own))
         self._found: dict[tuple[Row, str], dict[int, Record]] = {}
         for r in own:
@@ -126,12 +129,12 @@ class Results:
 
     def is_probe(self, stage: str) -> bool:
         """The stage is a probe of another one, such as "knn converted"."""
-        return stage.partition(" ")[2] in (PRETRAINED, *self.stages)
+        return stage.partition(" ")[2] in self._names
 
     def base(self, probe: str = "") -> list[Record]:
         """Those of the pretrained model, or of a probe of it: one for each seed."""
         stage = f"{probe} {PRETRAINED}".strip()
-        return [r for r in self.records if r["stage"] == stage]
+        return [r for r in self.records if r["stage"] == stage and not r.get("untrained_head")]
 
     @property
     def seeds(self) -> list[int]:

@@ -126,6 +126,8 @@ def _finish(study: Config, workdir: paths.Path, stage: Stage) -> str:
     workdir_lib.write_json(place / RECORD, content)
     storage.remove(place / "checkpoints")  # several times as large as the model
     records, seconds = finished(workdir, stage)
+    if "untrained_head" in records[0]:
+        return f"{title}: its class head is not trained yet, {seconds:.1f} s"
     top1 = ", ".join(f"{r['top1']:.2f} % ({r['stage']})" for r in records)
     return f"{title}: top-1 {top1}, {seconds:.1f} s"
 
@@ -164,7 +166,13 @@ def _record(place: paths.Path, stage: Stage, config: Config, result: dict[str, A
         "config": settings,
         "versions": versions(),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        **({"untrained_head": True} if _is_new(variables["params"]["head"]) else {}),
     }
+
+
+def _is_new(head: dict[str, Any]) -> bool:
+    """A class head as it is initialised: its logits are the same for all images."""
+    return not np.any(head["kernel"])
 
 
 # --- stages without training ----------------------------------------------------------------------
@@ -240,6 +248,7 @@ def _evaluate(
 def _probe(config: Config, workdir: paths.Path, stage: Stage) -> list[Record]:
     """The record of the stage that is probed, with the figures of each probe."""
     probed = workdir_lib.read_json(workdir / stage.before / RECORD)
+    probed.pop("untrained_head", None)  # probes read features
     del probed["seconds"]
     model, variables, description = checkpoint.load_model(workdir / stage.before / "model")
     data = config.data

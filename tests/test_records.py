@@ -72,6 +72,21 @@ def test_probes_belong_to_what_they_probe():
     assert next(iter(results.last(Row("gqa")).values()))["stage"] == "uptrained 50"
 
 
+def test_stages_of_untrained_heads_are_left_out_and_their_probes_stay():
+    untrained = [
+        {**record("mha", "pretrained"), "untrained_head": True},
+        {**record("gqa", "converted"), "untrained_head": True},
+    ]
+    probes = [record("mha", "knn pretrained"), record("gqa", "knn converted")]
+    results = Results([*untrained, *probes])
+    assert results.stages == ["knn converted"] and results.is_probe("knn converted")
+    assert results.base() == [] and results.base("knn") == probes[:1]
+    assert Results([*untrained, *probes, record("gqa", "uptrained")]).stages == [
+        "knn converted", "uptrained"
+    ]  # fmt: skip
+    assert Results(untrained).stages == ["converted"]  # better than nothing
+
+
 def test_records_without_figures_are_of_cells_that_failed():
     failed = {"entry": "gqa", "stage": "uptrained", "seed": 1, "failed": "no memory"}
     lost = record("gqa", "converted", 1)  # the table leaves out what else the cell has

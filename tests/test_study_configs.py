@@ -74,8 +74,10 @@ def test_probes_of_dinov2(tmp_path, six_heads):
     assert records[1]["config"]["model"]["image_size"] == 112
     assert [r["probe"]["training_images"] for r in records[2:]] == [144, 144]
     assert all(r["top1"] > 20 for r in records[2:])  # chance is 10 %
-    title = (tmp_path / "report" / "results.md").read_text().splitlines()[0]
-    assert title == "# digits, model: top-1 on the test images, %"  # the name of what was given
+    assert ["untrained_head" in r for r in records] == [True, True, False, False]
+    text = (tmp_path / "report" / "results.md").read_text()
+    title = "# digits, model: top-1 on the test images, %\n"  # the name of what was given
+    assert text.startswith(title) and "| knn converted |" in text and "| converted |" not in text
 
 
 def test_fine_tuning_of_dinov2(tmp_path, six_heads):
