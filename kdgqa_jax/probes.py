@@ -194,7 +194,7 @@ PROBES: dict[str, Callable[..., tuple[np.ndarray, dict[str, Any]]]] = {"knn": kn
 """(features, seed) -> (probabilities of the test images by class, facts about the probe)."""
 
 
-def _check(name: str) -> None:
+def check(name: str) -> None:
     """Raise UserError for an unknown probe, or where the package that it needs is not there."""
     if name not in PROBES:
         raise unknown("probe", name, PROBES)
@@ -218,7 +218,7 @@ def run(name: str, features: Features, seed: int = 0, per_class: bool = False) -
     Raises:
       UserError: an unknown name, features that are not finite, one class, too few images.
     """
-    _check(name)
+    check(name)
     for split, values in (("training", features.train), ("test", features.test)):
         if not np.isfinite(values).all():
             raise UserError(f"the features of the {split} images are not finite; mend the model")
@@ -265,7 +265,7 @@ def probe_directory(
     Raises:
       UserError: no model or no data there, a model for other channels, or what `run` raises.
     """
-    _check(probe)
+    check(probe)
     mesh = sharding.make_mesh()
     batch_size = evaluate.checked_batch_size(batch_size, mesh)
     model, variables, description = checkpoint.load_model(directory)

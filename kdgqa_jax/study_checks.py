@@ -6,12 +6,11 @@ import jax
 import ml_collections
 
 from kdgqa_jax import config as config_lib
-from kdgqa_jax import grid, initial, optim, options, train, vit
+from kdgqa_jax import grid, initial, optim, options, probes, train, vit
 from kdgqa_jax import stages as stages_lib
 from kdgqa_jax.data import pipeline, sources, subsets
 from kdgqa_jax.errors import UserError, check_seed, unknown
 from kdgqa_jax.grid import SECTIONS, STAGES, Cell
-from kdgqa_jax.probes import PROBES
 
 Config: TypeAlias = ml_collections.ConfigDict
 
@@ -64,8 +63,7 @@ def check_fields(study: Config) -> None:
     if study.calibration_images < 1:
         raise UserError(f"calibration_images={study.calibration_images} must be at least 1")
     for name in study.probes:
-        if name not in PROBES:
-            raise unknown("probe", name, PROBES)
+        probes.check(name)
     for name in study.probed:
         if name not in STAGES:
             raise unknown("stage in probed", name, STAGES)
