@@ -110,7 +110,7 @@ def _what_stages_are(results: Results) -> str:
             data, shift = config["data"]["name"], config["data"]["shift"]
             images = "as they are" if shift == "none" else f"shifted ({shift})"
             said += (
-                f" finetuned: {config['epochs']:g} epochs on {data}, images {images}, and"
+                f" finetuned: epochs={config['epochs']:g} on {data}, images {images}, and"
                 " evaluated on the same kind."
             )
     rules = {r["entry"]: r["rule"] for r in results.records if r.get("rule")}
