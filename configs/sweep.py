@@ -3,7 +3,7 @@
     kdgqa study --config sweep:of=window --workdir DIR --jobs 2
 
 `SWEEPS` has what can be swept. Everything else is as in fashion_mnist.py: pretrained once per seed,
-which all cells share. Not run at full size; a test runs each in small.
+which all cells share. docs/evidence.md says which were run at full size; a test runs each in small.
 
 Argument string: `sweep:of=NAME`, `seeds=5`, `dataset=digits` for the same in small, `data_dir=DIR`
 where the four IDX files of Fashion-MNIST are.
